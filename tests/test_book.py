@@ -92,7 +92,7 @@ def test_the_readme_leads_somewhere():
 
 
 def test_no_result_is_stale():
-    from ptbook.basics.claims import stale
+    from ptbook.basics.results import stale
     old = [name for name in stale(ROOT/"results") if ".tiny." not in name] # tiny results are not kept in the repository
     assert not old, f"measured with code that has changed since (ptbook refresh the chapter): {old}"
 

@@ -1,4 +1,4 @@
-"""What the chapter on claims cannot show: bad input, failing seeds, dying workers, results that have gone stale."""
+"""What the chapter on claims cannot show: bad input, failing seeds, dying workers, runs that are not saved."""
 import json
 import os
 import random
@@ -14,9 +14,9 @@ import pytest
 import torch
 from scipy import stats
 
-from ptbook.basics import claims
-from ptbook.basics.claims import (SCALES, Report, SeedFailed, as_scale, claim, code_hash, experiment, load_results, parse_seeds,
-                                  results_folder, run, stale, verdict)
+from ptbook.basics import claims, results
+from ptbook.basics.claims import SCALES, as_scale, claim, experiment, parse_seeds, run, verdict
+from ptbook.basics.results import Report, SeedFailed, load_results, results_folder
 
 CHAPTER = "no.such_chapter"
 
@@ -41,21 +41,21 @@ def draws(seed, scale):
 claim(draws, "torch", ">", "numpy", primary=True)
 
 
-@experiment("fails", chapter=CHAPTER)
+@experiment("fails", chapter=CHAPTER, metric="points")
 def fails(seed, scale):
     note(seed)
     if seed == 1 and not os.environ.get("PTBOOK_TEST_MENDED"): raise LookupError("the cupboard is bare")
     return {"a": seed + 1, "b": seed}
 
 
-@experiment("exits", chapter=CHAPTER)
+@experiment("exits", chapter=CHAPTER, metric="points")
 def exits(seed, scale):
     note(seed)
     if seed == 1: sys.exit(3)
     return {"a": 1.0}
 
 
-@experiment("dies", chapter=CHAPTER)
+@experiment("dies", chapter=CHAPTER, metric="points")
 def dies(seed, scale):
     times = note(seed)
     if seed == 2 and not os.environ.get("PTBOOK_TEST_MENDED"): os.kill(os.getpid(), signal.SIGKILL)
@@ -63,7 +63,7 @@ def dies(seed, scale):
     return {"a": seed + 1, "b": seed}
 
 
-@experiment("values", chapter=CHAPTER)
+@experiment("values", chapter=CHAPTER, metric="points")
 def values(seed, scale):
     kind = os.environ["PTBOOK_TEST_KIND"]
     if seed == 0: return {"a": 1, "b": 0}
@@ -71,7 +71,7 @@ def values(seed, scale):
             "less": {"a": 1}, "more": {"a": 1, "b": 0, "c": 0}}[kind]
 
 
-@experiment("sourced", chapter=CHAPTER, sources=("here", "there"))
+@experiment("sourced", chapter=CHAPTER, metric="points", sources=("here", "there"))
 def sourced(seed, scale, source="here"): return {"a": len(source), "b": scale.pick(tiny=1, book=2)}
 
 
@@ -100,7 +100,7 @@ def test_seeds():
     assert parse_seeds(range(2)) == (0, 1) and parse_seeds(np.arange(2)) == (0, 1)
 
 
-@pytest.mark.parametrize("bad", ["5:0", "", "-1", "a", "0:", ":", "1:2:3", "0,,1", "1,1", "1.5", [], [-1], [0.5], ["x"], None, -3, "3:3"])
+@pytest.mark.parametrize("bad", ["5:0", "", "-1", "a", "0:", ":", "1:2:3", "0,,1", "1,1", "1.5", [], [-1], [0.5], [1, 0.5], ["x"], None, -3, "3:3"])
 def test_bad_seeds(bad):
     with pytest.raises(ValueError, match=r'wanted "0:5"'): parse_seeds(bad)
 
@@ -113,15 +113,17 @@ def test_bad_arguments(arguments, words, tmp_path):
 
 
 def test_bad_names_and_claims():
-    with pytest.raises(ValueError, match="a/b"): experiment("a/b")
-    with pytest.raises(ValueError, match=r"\.\./x"): experiment("a", sources=["../x"])
+    with pytest.raises(ValueError, match="a/b"): experiment("a/b", chapter=CHAPTER, metric="points")
+    with pytest.raises(ValueError, match=r"\.\./x"): experiment("a", chapter=CHAPTER, metric="points", sources=["../x"])
+    for given in ({}, {"chapter": CHAPTER}, {"metric": "points"}):
+        with pytest.raises(TypeError, match="missing"): experiment("a", **given)
     with pytest.raises(ValueError, match="=="): claim(draws, "a", "==", "b")
     with pytest.raises(ValueError, match="times=nan"): claim(draws, "a", ">", "b", times=float("nan"))
     assert len(draws.claims) == 1
 
 
 def test_claim_texts():
-    exp = experiment("texts")(lambda seed, scale: {})
+    exp = experiment("texts", chapter=CHAPTER, metric="points")(lambda seed, scale: {})
     texts = [claim(exp, "a", ">", "b"), claim(exp, "a", "<", "b", times=0.5), claim(exp, "a", ">=", "b", margin=0.01),
              claim(exp, "a", "<=", "b", margin=0.01), claim(exp, "a", ">", "b", margin=-2), claim(exp, "a", "<", "b", margin=-2)]
     assert [c.text for c in texts] == ["a > b", "a < 0.5 × b", "a ≥ b − 0.01", "a ≤ b + 0.01", "a > b + 2", "a < b − 2"]
@@ -217,7 +219,7 @@ import os, sys, pathlib
 from ptbook.basics.claims import experiment, claim, run
 marks = pathlib.Path(sys.argv[1]); jobs = int(sys.argv[2])
 def helper(seed): (marks / f"{seed}-{os.getpid()}").touch(); return seed * 0.5
-@experiment("script", chapter="no.such_chapter")
+@experiment("script", chapter="no.such_chapter", metric="points")
 def script(seed, scale):
     if seed == 3 and not (marks / "mended").exists(): (marks / "mended").touch(); os._exit(9)
     return {"a": helper(seed), "b": -1}
@@ -246,7 +248,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
 def test_the_data_travel_with_the_result(tmp_path):
     from ptbook.basics.sources import load
-    loads = experiment("loads", chapter=CHAPTER)(lambda seed, scale: {"rows": len(load("wine")["train"])})
+    loads = experiment("loads", chapter=CHAPTER, metric="rows")(lambda seed, scale: {"rows": len(load("wine")["train"])})
     report = run(loads, "tiny", jobs=1, progress=False, folder=tmp_path)
     assert [(d["name"], d["place"]) for d in report.data] == [("wine", "embedded")] and report.data[0]["fingerprint"] in load_results(tmp_path)[0].data[0]["fingerprint"]
 
@@ -260,7 +262,7 @@ def test_values_that_are_none(kind, words, monkeypatch, tmp_path):
 
 
 def test_a_claim_about_no_arm(tmp_path):
-    exp = experiment("texts", chapter=CHAPTER)(lambda seed, scale: {"a": 1})
+    exp = experiment("texts", chapter=CHAPTER, metric="points")(lambda seed, scale: {"a": 1})
     claim(exp, "a", ">", "ghost")
     with pytest.raises(ValueError, match="'ghost' of 'texts' is missing at seed 0"): run(exp, "tiny", jobs=1, progress=False, folder=tmp_path)
 
@@ -271,7 +273,7 @@ def test_sources(tmp_path):
     assert {p.name for p in tmp_path.glob("*.json")} == {"sourced.tiny.json", "sourced.tiny.there.json"}
 
 
-# result files
+# what is kept
 
 def test_the_result_file(tmp_path):
     report = run(draws, "tiny", jobs=1, progress=False, folder=tmp_path)
@@ -292,13 +294,28 @@ def test_other_seeds_are_not_saved(tmp_path):
 def test_a_toy_never_reaches_the_book(monkeypatch):
     monkeypatch.delenv("PTBOOK_RESULTS", raising=False)
     before = set(results_folder(writing=True).rglob("*"))
-    assert "Not saved: ptbook.no.such_chapter" in run(draws, "tiny", jobs=1, progress=False).note
+    assert "Not saved: ptbook.no.such_chapter" in run(draws, "book", jobs=1, progress=False).note
     assert set(results_folder(writing=True).rglob("*")) == before
 
 
-def test_results_folder(monkeypatch, tmp_path):
+def test_a_tiny_run_is_kept_only_where_it_is_asked_for(monkeypatch, tmp_path):
+    def chapters_own(seed, scale): return {"a": seed}
+    chapters_own.__module__ = "ptbook.basics.results"  # as if the module held it
+    exp = experiment("own", chapter="basics.results", metric="points")(chapters_own)
+    monkeypatch.delenv("PTBOOK_RESULTS", raising=False)
+    monkeypatch.setattr(claims, "results_folder", lambda writing=False: tmp_path / "book")
+    assert "Not saved: the scale tiny is for tests" in run(exp, "tiny", jobs=1, progress=False).note and not list(tmp_path.rglob("*.json"))
+    assert run(exp, "tiny", jobs=1, progress=False, folder=tmp_path / "mine").note == "Saved as own.tiny.json."
+    assert run(exp, "book", jobs=1, progress=False).note == "Saved as own.book.json."
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*.json"))] == ["book/own.book.json", "mine/own.tiny.json"]
+    monkeypatch.undo()
+    monkeypatch.setenv("PTBOOK_RESULTS", str(tmp_path / "readers"))
+    assert "Not saved" in run(exp, "tiny", jobs=1, progress=False).note and not list((tmp_path / "readers").rglob("*.json"))
+
+
+def test_results_go_where_the_setting_says(monkeypatch, tmp_path):
     monkeypatch.setenv("PTBOOK_RESULTS", str(tmp_path))
-    assert results_folder() == tmp_path and "Saved" in run(draws, "tiny", jobs=1, progress=False).note and (tmp_path / "draws.tiny.json").exists()
+    assert results_folder() == tmp_path and "Saved" in run(draws, "book", jobs=1, progress=False).note and (tmp_path / "draws.book.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(marked):
@@ -307,40 +324,16 @@ def test_a_folder_that_cannot_be_written(marked):
     assert not marks(marked / "marks", 0)  # found before any work was done
 
 
-def test_stale(tmp_path, monkeypatch):
-    run(draws, "tiny", jobs=1, progress=False, folder=tmp_path)
-    assert stale(tmp_path) == ["draws.tiny.json"]  # no such chapter
-    record = json.loads((tmp_path / "draws.tiny.json").read_text("utf-8"))
-    (tmp_path / "draws.tiny.json").write_text(json.dumps(record | {"chapter": "basics.claims", "code": code_hash("basics.claims")}))
-    assert stale(tmp_path) == []
-    source = Path(claims.__file__).read_text("utf-8")
-    monkeypatch.setattr(claims, "_module_source", lambda chapter: source.replace("\n\n", "\n\n# prose\n\n"))
-    assert stale(tmp_path) == []
-    monkeypatch.setattr(claims, "_module_source", lambda chapter: source.replace("0.95", "0.90"))
-    assert stale(tmp_path) == ["draws.tiny.json"]
-
-
-@pytest.mark.parametrize("spoil", [lambda r: "", lambda r: "[]", lambda r: json.dumps(r)[:-9], lambda r: json.dumps({k: v for k, v in r.items() if k != "arms"}),
-                                   lambda r: json.dumps(r | {"arms": {"a": [1]}}), lambda r: json.dumps(r | {"claims": [{"text": "a > b"}]}),
-                                   lambda r: json.dumps(r | {"arms": {"a": [1, float("nan")]}}), lambda r: json.dumps(r | {"arms": {"a": [1, "x"]}})])
-def test_a_malformed_file_is_named(spoil, tmp_path):
-    run(draws, "tiny", jobs=1, progress=False, folder=tmp_path)
-    path = tmp_path / "draws.tiny.json"
-    path.write_text(spoil(json.loads(path.read_text("utf-8"))))
-    for reader in (load_results, stale):
-        with pytest.raises(ValueError, match="draws.tiny.json is not a result file"): reader(tmp_path)
-
-
 def test_a_disk_that_fills_loses_nothing(marked, monkeypatch):
     monkeypatch.setenv("PTBOOK_TEST_MENDED", "1")
     run(fails, "tiny", jobs=1, progress=False, folder=marked / "results")
-    before, write = (marked / "results" / "fails.tiny.json").read_text(), claims._write
+    before, write = (marked / "results" / "fails.tiny.json").read_text(), results.write_json
     def full(path, record):
         if path.name == "fails.tiny.json": raise OSError(28, "No space left on device")
         write(path, record)
-    monkeypatch.setattr(claims, "_write", full)
+    monkeypatch.setattr(results, "write_json", full)
     with pytest.raises(OSError, match="No space"): run(fails, "tiny", jobs=1, progress=False, folder=marked / "results")
     assert (marked / "results" / "fails.tiny.json").read_text() == before and marks(marked / "marks", 0) == 2
-    monkeypatch.setattr(claims, "_write", write)
+    monkeypatch.setattr(results, "write_json", write)
     run(fails, "tiny", jobs=1, progress=False, folder=marked / "results")
     assert marks(marked / "marks", 0) == 2  # the seeds were kept

@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPERATORS', 'SCALES', 'Verdict', 'interval', 'verdict', 'Scale', 'as_scale', 'parse_seeds', 'Claim', 'Experiment',
-           'experiment', 'claim', 'results_folder', 'code_hash', 'Report', 'SeedFailed', 'run', 'load_results', 'stale']
+           'experiment', 'claim', 'run']
 
 # %% ../../nbs/00_basics/claims.ipynb #79c2ef2e
 import functools
-import hashlib
-import importlib.util
-import inspect
-import json
 import math
+import operator
 import os
-import platform
 import random
 import re
 import sys
@@ -24,11 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+
+from .results import (
+    Report, SeedFailed, check_values, code_hash, forget_seeds, function_hash, gather, is_exported, kept_seeds, module_source,
+    results_folder, save_report, versions, write_json)
 
 # %% ../../nbs/00_basics/claims.ipynb #5c04b4d2
 @dataclass(frozen=True)
@@ -123,12 +122,9 @@ def parse_seeds(
     "The seeds meant. Raises ValueError if there are none, or one is negative or given twice."
     wanted = 'wanted "0:5" (from 0 up to, not including, 5), "3" or "0,2,4"'
     try:
-        if isinstance(seeds, str):
-            ends = [int(part) for part in seeds.split(":" if ":" in seeds else ",")]
-            if ":" in seeds and len(ends) != 2: raise ValueError
-            numbers = tuple(range(*ends)) if ":" in seeds else tuple(ends)
-        else: numbers = (seeds,) if isinstance(seeds, int) else tuple(seeds)
-        numbers = tuple(int(n) for n in numbers if n == int(n))
+        if not isinstance(seeds, str): numbers = tuple(map(operator.index, [seeds] if isinstance(seeds, int) else seeds))
+        elif ":" in seeds: numbers = tuple(range(*map(int, seeds.split(":", 1))))
+        else: numbers = tuple(map(int, seeds.split(",")))
     except (ValueError, TypeError): raise ValueError(f"seeds: got {seeds!r}, {wanted}") from None
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
         raise ValueError(f"seeds: got {seeds!r}, which is empty, negative or twice the same; {wanted}")
@@ -181,8 +177,8 @@ class Experiment:
 def experiment(
     slug: str, # the paper's short name, in letters, digits, _ and -
     *,
-    chapter: str = "objectives.causal", # its module, inside ptbook
-    metric: str = "exact match", # what the arms' values are, with the unit
+    chapter: str, # its module, inside ptbook, for instance "objectives.causal"
+    metric: str, # what the arms' values are, with the unit
     sources: Sequence[str] = (), # names of data it can be run on instead of its own
 ) -> Callable[[Callable], Experiment]:
     "Make a function an experiment. Raises ValueError for a slug or source that cannot be a file's name."
@@ -222,24 +218,6 @@ def _alone(seed: int): # one thread and every generator at `seed`; afterwards al
         finally: torch.set_num_threads(threads), random.setstate(states[0]), np.random.set_state(states[1])
 
 # %% ../../nbs/00_basics/claims.ipynb #0e09344b
-def _values(exp: Experiment, seed: int, values) -> dict[str, float]:
-    "What a seed returned, checked. Raises ValueError naming arm and seed."
-    if not isinstance(values, dict) or not values: raise ValueError(f"{exp.slug!r} returned {values!r} at seed {seed}, wanted {{arm: value}}")
-    for arm in {arm for c in exp.claims for arm in (c.a, c.b)} - set(values):
-        raise ValueError(f"arm {arm!r} of {exp.slug!r} is missing at seed {seed}; got {', '.join(map(str, values))}")
-    for arm, value in values.items():
-        try: number = float(value)
-        except (TypeError, ValueError): number = math.nan
-        if not math.isfinite(number): raise ValueError(f"arm {arm!r} of {exp.slug!r} is {value!r} at seed {seed}, wanted a finite number")
-    return {str(arm): float(value) for arm, value in values.items()}
-
-# %% ../../nbs/00_basics/claims.ipynb #1d80b2e2
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("ptbook", "torch", "numpy", "transformers"):
-        if name in sys.modules: found[name] = getattr(sys.modules[name], "__version__", "unknown")
-    return found
-
 def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None, env: dict[str, str]) -> dict:
     "One seed, wherever it runs: its values, or what went wrong."
     from ptbook.basics.sources import recording
@@ -251,9 +229,9 @@ def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None, env:
     except (Exception, SystemExit) as e:
         trace = e.__traceback__.tb_next or e.__traceback__
         return {"seed": seed, "error": "".join(traceback.format_exception(type(e), e, trace))}
-    try: values = _values(exp, seed, returned)
+    try: values = check_values(exp.slug, seed, returned, {arm for c in exp.claims for arm in (c.a, c.b)})
     except ValueError as e: return {"seed": seed, "invalid": str(e)}
-    return {"seed": seed, "values": values, "data": list(data), "seconds": time.perf_counter() - started, "versions": _versions()}
+    return {"seed": seed, "values": values, "data": list(data), "seconds": time.perf_counter() - started, "versions": versions()}
 
 # %% ../../nbs/00_basics/claims.ipynb #df13bbe2
 def _parallel(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterable[dict]:
@@ -267,142 +245,29 @@ def _outcomes(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> I
     "Every seed's outcome. Seeds in flight when a worker died are tried once more, each by itself."
     from joblib import parallel
     waiting = list(seeds)
-    if jobs == 1 or getattr(parallel.get_active_backend()[0], "uses_threads", False): yield from map(task, waiting)
-    else:
-        while waiting:
-            try:
-                for outcome in _parallel(waiting, task, jobs):
-                    waiting.remove(outcome["seed"])
-                    yield outcome
-            except BrokenExecutor:  # started in order: those in flight are among the first `jobs`
-                for seed in waiting[:jobs]:
-                    try: yield from _parallel([seed], task, jobs)
-                    except BrokenExecutor as e: yield {"seed": seed, "error": _death(e)}
-                waiting = waiting[jobs:]
+    if jobs == 1 or getattr(parallel.get_active_backend()[0], "uses_threads", False): return (yield from map(task, waiting))
+    while waiting:
+        try:
+            for outcome in _parallel(waiting, task, jobs):
+                waiting.remove(outcome["seed"])
+                yield outcome
+        except BrokenExecutor:  # started in order: those in flight are among the first `jobs`
+            for seed in waiting[:jobs]:
+                try: yield from _parallel([seed], task, jobs)
+                except BrokenExecutor as e: yield {"seed": seed, "error": _death(e)}
+            waiting = waiting[jobs:]
 
 def _death(e: BrokenExecutor) -> str:
     codes = re.search(r"exit codes of the workers are \{(.*)\}", str(e))
     return f"its worker process died twice, the second time alone: {codes[1] if codes else e}\n{e.__cause__ or ''}"
 
 # %% ../../nbs/00_basics/claims.ipynb #422749fd
-def results_folder(
-    writing: bool = False, # for an installed wheel only: where new results go
-) -> Path:
-    """`PTBOOK_RESULTS`; else the checkout's `results/`. An installed wheel reads the results it was published with
-    (`ptbook/_book/results`) and writes to `./results`, which `PTBOOK_RESULTS=results` then reads."""
-    import ptbook
-    package = Path(ptbook.__file__).parent
-    if os.environ.get("PTBOOK_RESULTS"): return Path(os.environ["PTBOOK_RESULTS"])
-    if (package.parent / "settings.ini").exists(): return package.parent / "results"
-    return Path("results") if writing else package / "_book" / "results"
-
-def _lines(source: str) -> list[str]: # the lines that do something
-    return [line.rstrip() for line in source.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-
-def _module_source(chapter: str) -> str | None: # None if there is no such module
-    try: spec = importlib.util.find_spec("ptbook." + chapter.removeprefix("ptbook."))
-    except ModuleNotFoundError: return None
-    return Path(spec.origin).read_text("utf-8") if spec and spec.origin else None
-
-def code_hash(
-    chapter: str, # module inside ptbook, for instance "objectives.causal"
-) -> str: # 16 hex digits
-    "Hash of the chapter's exported code, comments and blank lines left out. Raises ValueError if there is no such module."
-    if (source := _module_source(chapter)) is None: raise ValueError(f"chapter: there is no module {chapter!r} in ptbook")
-    return hashlib.sha256("\n".join(_lines(source)).encode()).hexdigest()[:16]
-
-# %% ../../nbs/00_basics/claims.ipynb #e4bd78a4
-def _exported(exp: Experiment) -> bool: # is what would run here what the chapter's module holds?
-    if exp.function.__module__ == "ptbook." + exp.chapter: return True
-    own = lambda source: "\n".join(line for line in _lines(source) if not re.match(r"\s*(from|import)\s", line))
-    try: return own(inspect.getsource(exp.function)) in own(_module_source(exp.chapter) or "")
-    except (OSError, TypeError): return False
-
-def _function_hash(exp: Experiment) -> str | None: # with everything a notebook's function uses
-    import cloudpickle
-    if exp.function.__module__ == "ptbook." + exp.chapter: return code_hash(exp.chapter)
-    try: return hashlib.sha256(cloudpickle.dumps(exp.function)).hexdigest()[:16]
-    except Exception: return None  # cannot be sent to a worker either
-
-def _write(path: Path, record: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as f:
-            f.write(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-            f.flush(), os.fsync(f.fileno())
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
-
-# %% ../../nbs/00_basics/claims.ipynb #c2e28c30
-_SHOWN = {"float_format": "{:.4g}".format, "na_rep": "–"}
-
-@dataclass
-class Report:
-    "What an experiment measured, and what that says about its claims."
-    slug: str
-    chapter: str
-    metric: str
-    scale: str
-    source: str | None
-    seeds: list[int]
-    seconds: float
-    arms: dict[str, list[float]]
-    claims: list[dict]
-    data: list[dict]
-    versions: dict[str, str]
-    machine: dict
-    code: str | None
-    note: str = ""
-
-    def to_dict(self) -> dict: # what `ptbook run --json` prints
-        return {k: getattr(self, k) for k in ("slug", "scale", "source", "seeds", "seconds", "arms", "claims")}
-
-    def tables(self) -> tuple: # two data frames: arms with every seed, claims with their verdicts
-        import pandas as pd
-        arms = pd.DataFrame(self.arms.values(), list(self.arms), [f"seed {s}" for s in self.seeds])
-        arms.insert(0, "sd", arms.std(axis=1)), arms.insert(0, "mean", arms[arms.columns[1:]].mean(axis=1))
-        claims = pd.DataFrame([{"primary": "*" if c["primary"] else "", **{k: c[k] for k in ("verdict", "effect", "low", "high")}}
-                               for c in self.claims], [c["text"] for c in self.claims], dtype=object)
-        return arms.rename_axis(columns=self.metric), claims.rename_axis(columns="claim, 95 % interval")
-
-    def footer(self) -> str:
-        data = "; ".join(f"{d.get('name')} ({d.get('place')}, {str(d.get('fingerprint'))[:12]})" for d in self.data)
-        source = f", source {self.source}" if self.source else ""
-        return f"{self.slug} at {self.scale}{source}, {self.seconds:.1f} s. Data: {data or 'made by the experiment'}. {self.note}".strip()
-
-    def __repr__(self): return "\n\n".join([*(t.to_string(**_SHOWN) for t in self.tables()), self.footer()])
-    def _repr_html_(self): return "".join(t.to_html(**_SHOWN) for t in self.tables()) + f"<p>{escape(self.footer())}</p>"
-
-    def plot(self): # every seed of every arm, the primary claim as title
-        from ptbook.basics.show import seeds_plot
-        told = sorted(self.claims, key=lambda c: not c["primary"])[:1]
-        title = f"{told[0]['text']}: {told[0]['verdict']}" if told else self.slug
-        return seeds_plot(self.arms, title, self.metric)
-
-# %% ../../nbs/00_basics/claims.ipynb #1e34ebc0
-class SeedFailed(RuntimeError):
-    "Seeds that raised or died; `failed` has each one's traceback. What the others measured is kept for the next run."
-    def __init__(self, slug: str, failed: dict[int, str], kept: Sequence[int], where: Path | None):
-        self.failed = failed
-        traces = "".join(f"\n\nseed {seed}:\n{error}" for seed, error in failed.items())
-        rest = f"\nSeeds {', '.join(map(str, kept))} are kept in {where}; run again and only the others are done." if kept and where else ""
-        super().__init__(f"{slug}: seed {', '.join(map(str, failed))} failed{traces}{rest}")
-
 def _jobs(jobs: int | None) -> int:
     given = os.environ.get("PTBOOK_JOBS") or os.cpu_count() if jobs is None else jobs
     try: number = int(given)
     except (TypeError, ValueError): number = 0
     if number < 1: raise ValueError(f"jobs: got {given!r}, wanted a whole number of processes, at least 1")
     return number
-
-# %% ../../nbs/00_basics/claims.ipynb #dd845076
-def _kept(where: Path | None, seeds: Sequence[int]) -> dict[int, dict]: # what an earlier run finished
-    found = {}
-    for s in seeds if where else ():
-        try: found[s] = json.loads((where / f"seed-{s}.json").read_text("utf-8"))
-        except (OSError, ValueError): pass  # not there, or not ours: done again
-    return {s: o for s, o in found.items() if isinstance(o, dict) and o.get("seed") == s and "values" in o}
 
 def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, source, jobs: int, progress: bool, where: Path | None):
     "Run the seeds not yet in `found`. Raises SeedFailed, or ValueError for a value that is none, when all the others are done."
@@ -414,13 +279,13 @@ def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, sour
         for outcome in _outcomes([s for s in seeds if s not in found], task, jobs):
             seed, good = outcome["seed"], "values" in outcome
             (found if good else failed)[seed] = outcome
-            if good and where: _write(where / f"seed-{seed}.json", outcome)
+            if good and where: write_json(where / f"seed-{seed}.json", outcome)
             bar.update()
     errors = {s: o["error"] for s, o in sorted(failed.items()) if "error" in o}
     if errors: raise SeedFailed(exp.slug, errors, sorted(found), where)
     if failed: raise ValueError("\n".join(o["invalid"] for _, o in sorted(failed.items())))
 
-# %% ../../nbs/00_basics/claims.ipynb #ebb0161a
+# %% ../../nbs/00_basics/claims.ipynb #49e867c7
 def run(
     exp: Experiment, # what to run
     scale: Scale | str | None = None, # tiny, book or full; None is `PTBOOK_SCALE`, else book
@@ -436,66 +301,20 @@ def run(
     seeds = scale.seeds if seeds is None else parse_seeds(seeds)
     if source is not None and source not in exp.sources:
         raise ValueError(f"source: {exp.slug!r} cannot run on {source!r}, wanted one of {', '.join(exp.sources) or 'none: it has its own data'}")
-    asked = folder or os.environ.get("PTBOOK_RESULTS")
-    saved, code = asked or _exported(exp), _function_hash(exp)
-    place = Path(asked or results_folder(writing=True)) if asked or _module_source(exp.chapter) else None
-    name = ".".join(filter(None, (exp.slug, scale.name, source)))
+    asked, name = folder or os.environ.get("PTBOOK_RESULTS"), ".".join(filter(None, (exp.slug, scale.name, source)))
+    exported, code = is_exported(exp.function, exp.chapter), function_hash(exp.function, exp.chapter)
+    place = Path(asked or results_folder(writing=True)) if asked or module_source(exp.chapter) else None
     where = place / ".partial" / f"{name}.{code}" if place and code else None
     if where: where.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found now, not after the work
-    found = _kept(where, seeds)
-    earlier = sum(o["seconds"] for o in found.values())
+    found = kept_seeds(where, seeds)
+    started -= sum(o["seconds"] for o in found.values())
     _complete(found, exp, seeds, scale, source, jobs, progress, where)
-    report = _report(exp, scale, source, {s: found[s] for s in seeds}, time.perf_counter() - started + earlier)
+    kept = gather(exp.slug, [found[s] for s in seeds])
+    report = Report(exp.slug, exp.chapter, exp.metric, scale.name, source, seconds=round(time.perf_counter() - started, 3),
+                    claims=[c.judge(kept["arms"]) for c in exp.claims], code=code_hash(exp.chapter) if exported else code, **kept)
     if seeds != scale.seeds: report.note = f"Not saved: these are not the seeds of scale {scale.name}."
-    elif not saved: report.note = f"Not saved: ptbook.{exp.chapter} does not hold this code; export it first."
-    else:
-        _write(place / f"{name}.json", {k: v for k, v in asdict(report).items() if k != "note"})
-        report.note = f"Saved as {name}.json."
-    if where: _forget(where, seeds)
+    elif scale.name == "tiny" and not folder: report.note = "Not saved: the scale tiny is for tests; folder=... keeps it elsewhere."
+    elif not (asked or exported): report.note = f"Not saved: ptbook.{exp.chapter} does not hold this code; export it first."
+    else: report.note = f"Saved as {save_report(report, place)}."
+    if where: forget_seeds(where, seeds)
     return report
-
-def _forget(where: Path, seeds: Sequence[int]):
-    for s in seeds: (where / f"seed-{s}.json").unlink(missing_ok=True)
-    for folder in (where, where.parent):
-        if not any(folder.iterdir()): folder.rmdir()
-
-# %% ../../nbs/00_basics/claims.ipynb #226ac0af
-def _report(exp: Experiment, scale: Scale, source, found: dict[int, dict], seconds: float) -> Report:
-    seeds = list(found)
-    names = list(found[seeds[0]]["values"])
-    for seed in seeds:
-        for arm in set(names) ^ set(found[seed]["values"]):
-            missing = seed if arm in names else seeds[0]
-            raise ValueError(f"arm {arm!r} of {exp.slug!r} is missing at seed {missing}; every seed must return the same arms")
-    arms = {arm: [found[s]["values"][arm] for s in seeds] for arm in names}
-    data = {json.dumps(d, sort_keys=True, default=str): d for s in seeds for d in found[s]["data"]}
-    versions = {k: v for s in seeds for k, v in found[s]["versions"].items()}
-    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}
-    return Report(exp.slug, exp.chapter, exp.metric, scale.name, source, seeds, round(seconds, 3), arms,
-                  [c.judge(arms) for c in exp.claims], list(data.values()), versions, machine,
-                  code_hash(exp.chapter) if _exported(exp) else _function_hash(exp))
-
-# %% ../../nbs/00_basics/claims.ipynb #9025df32
-def load_results(
-    folder: str | Path | None = None, # None is `results_folder()`
-) -> list[Report]:
-    "Every result kept there, by file name. Raises ValueError naming a file that is not one."
-    return [_load(path) for path in sorted(Path(folder or results_folder()).glob("*.json"))]
-
-def _load(path: Path) -> Report:
-    def refuse(constant): raise ValueError(f"{constant} is not a number")
-    try:
-        report = Report(**json.loads(path.read_text("utf-8"), parse_constant=refuse))
-        if not report.arms or any(len(v) != len(report.seeds) or not all(isinstance(x, float | int) for x in v) for v in report.arms.values()):
-            raise ValueError("it needs one number per seed in every arm")
-        for c in report.claims: Verdict(**{k: v for k, v in c.items() if k not in ("text", "primary")}), c["text"], c["primary"]
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise ValueError(f"{path} is not a result file: {e}") from None
-    return report
-
-def stale(
-    folder: str | Path | None = None, # None is `results_folder()`
-) -> list[str]: # names of files
-    "Results whose chapter's code has changed since, or is gone."
-    current = lambda chapter: _module_source(chapter) and code_hash(chapter)
-    folder = Path(folder or results_folder())
-    return [path.name for path in sorted(folder.glob("*.json")) if (r := _load(path)).code != current(r.chapter)]

@@ -85,9 +85,14 @@ def measurements(
 
 # %% ../../nbs/00_basics/embedded.ipynb #fac485cd
 def pydocs() -> pa.Table:
-    "Python's language manual, one row per topic."
+    "Python's language manual, one row per topic; a topic that mostly stands inside longer ones is left out, or a test on it would test memory."
     from pydoc_data.topics import topics
-    names = sorted(topics)
+    kept, seen = [], set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        lines = [line for line in topics[name].splitlines() if len(line) > 40]
+        if sum(line in seen for line in lines) <= len(lines) / 10: kept.append(name)
+        seen.update(lines)
+    names = sorted(kept)
     return _table({"text": [topics[n] for n in names], "domain": ["manual"] * len(names), "name": names, "split": _every(len(names), 10)})
 
 
@@ -297,7 +302,7 @@ EMBEDDED: dict[str, Embedded] = {
     "diabetes": Embedded(
         functools.partial(measurements, "diabetes"), "10 measurements of patients and the disease's progress a year later",
         "not stated (check); shipped with scikit-learn", _fields("age, sex, bmi, bp, s1, s2, s3, s4, s5, s6, target"), {"train": 354, "test": 88}),
-    "pydocs": Embedded(pydocs, "Python's language manual, one row per topic", "PSF licence", _fields("text, domain, name")),
+    "pydocs": Embedded(pydocs, "Python's language manual, one row per topic, repeated topics left out", "PSF licence", _fields("text, domain, name")),
     "stdlib_code": Embedded(
         stdlib_code, "source files of Python's standard library; the domain is the package", "PSF licence", _fields("text, domain, name")),
     "code_docstrings": Embedded(

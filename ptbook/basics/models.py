@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/00_basics/models.ipynb #003f0cee
-def visible(mask: Tensor | None, new: int, keys: int, device="cpu") -> Tensor: # (batch, keys) -> bool (batch or 1, 1, new, keys)
+def visible(mask: Tensor | None, new: int, keys: int, device: torch.device | str = "cpu") -> Tensor: # (batch, keys) -> bool (batch or 1, 1, new, keys)
     "Which key each of the `new` last queries may look at: no padding, nothing ahead; and itself, so that no softmax is empty."
     before = torch.ones(1, 1, new, keys, dtype=torch.bool, device=device).tril(keys - new)
     return before if mask is None else before & (mask[:, None, None].bool() | ~before.tril(keys - new - 1))
@@ -62,6 +62,7 @@ class SigmoidGELU(torch.autograd.Function):
         return slope.addcmul_(slope, gate, value=-1).add_(1).mul_(gate).mul_(grad)
 
 def gelu_tanh(x: Tensor) -> Tensor:
+    "GELU's tanh form; when a CPU trains, by way of `SigmoidGELU`."
     return SigmoidGELU.apply(x)[0] if x.requires_grad and x.device.type == "cpu" else F.gelu(x, approximate="tanh")
 
 # %% ../../nbs/00_basics/models.ipynb #259ee90b
@@ -70,6 +71,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 CHOICES = dict(kind=("decoder", "encoder", "encoder-decoder", "vit"), norm=NORMS, activation=ACTIVATIONS, position=("learned", "rope", "relative", "none"))
 
 def check(ok: bool, message: str):
+    "Raise ValueError unless `ok`."
     if not ok: raise ValueError(message)
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ class FeedForward(nn.Module):
         first, *second = self.up(x).chunk(1 + self.gate, -1)
         return self.down(self.act(first) * second[0] if second else self.act(first))
 
-def make_norm(c: TransformerConfig) -> nn.Module: return NORMS[c.norm](c.hidden_size, eps=c.norm_eps)
+def make_norm(c: TransformerConfig) -> nn.Module:
+    "The norm of this form, over the hidden size."
+    return NORMS[c.norm](c.hidden_size, eps=c.norm_eps)
 
 class Block(nn.Module):
     "Attention moves information between positions, the feed-forward part works at each: two residuals."

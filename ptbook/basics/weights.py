@@ -73,7 +73,7 @@ TENSORS = dict( # our module or parameter: theirs, several joined into one of ou
          "attention.out": "attention.o_proj", "norm2": "layernorm_after", "ffn.up": "mlp.fc1", "ffn.down": "mlp.fc2"}))
 
 # %% ../../nbs/00_basics/weights.ipynb #e813d138
-def read_config(theirs) -> TransformerConfig: # from a `transformers` configuration
+def read_config(theirs: transformers.PreTrainedConfig) -> TransformerConfig: # from a `transformers` configuration
     "The same choices in our names. Raises ValueError, by name, for an architecture or a setting we do not have."
     check((arch := theirs.model_type) in SETTINGS, f"model_type={arch!r}: we read {', '.join(SETTINGS)}")
     for name, only in ONLY.get(arch, {}).items():

@@ -228,7 +228,7 @@ def figure_of_learning(tour: Tour): # matplotlib Figure
     return fig
 
 def picture(
-    fig, # matplotlib Figure; closed afterwards
+    fig: "matplotlib.figure.Figure", # closed afterwards
     alt: str, # what it shows
 ) -> str: # HTML
     "A figure as SVG inside the page."

@@ -3,9 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# One thread per process: small models run faster so, and two processes share two cores.
-export OMP_NUM_THREADS ?= 1
-
 .PHONY: help run test lab refresh bench clean
 
 help: ## This list
@@ -14,10 +11,13 @@ help: ## This list
 run: .venv/.library ## Set everything up and take the tour: one small model, from text to tour.html
 	$(BIN)/ptbook tour
 
+# One thread per process: small models run faster so, and two processes share two cores.
+test: export OMP_NUM_THREADS = 1
+test: export HF_HUB_OFFLINE = 1
 test: .venv/.tools ## Set everything up and run every check
 	$(BIN)/python -m pytest tests/test_book.py
-	PTBOOK_SCALE=tiny PTBOOK_STATIC=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/test_book.py
+	PTBOOK_SCALE=tiny PTBOOK_STATIC=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest --ignore=tests/test_book.py
 
 lab: .venv/.tools ## Read the book in JupyterLab
 	$(BIN)/ptbook lab $(CHAPTER)

@@ -48,7 +48,7 @@ class SigmoidGELU(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(x):
-        gate = torch.addcmul(x.new_tensor(A), x, x, value=B).mul_(x).sigmoid_()
+        gate = (x * x).mul_(B).add_(A).mul_(x).sigmoid_()
         return x * gate, gate
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -58,7 +58,7 @@ class SigmoidGELU(torch.autograd.Function):
     def backward(ctx, grad, _):
         x, gate = ctx.saved_tensors
         if torch.is_grad_enabled(): return torch.func.vjp(lambda x: F.gelu(x, approximate="tanh"), x)[1](grad)[0] # to be differentiated again
-        slope = torch.addcmul(x.new_tensor(A), x, x, value=3 * B).mul_(x)
+        slope = (x * x).mul_(3 * B).add_(A).mul_(x)
         return slope.addcmul_(slope, gate, value=-1).add_(1).mul_(gate).mul_(grad)
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['versions', 'check_values', 'gather', 'module_source', 'code_hash', 'is_exported', 'function_hash', 'results_folder',
            'write_json', 'kept_seeds', 'forget_seeds', 'SeedFailed', 'Report', 'save_report', 'read_report',
-           'load_results', 'stale']
+           'load_results', 'verdict_line', 'stale']
 
 # %% ../../nbs/00_basics/results.ipynb #a387f7c4
 import hashlib
@@ -237,6 +237,19 @@ def load_results(
 ) -> list[Report]:
     "Every result kept there, by file name. Raises ValueError naming a file that is not one."
     return [read_report(path) for path in sorted(Path(folder or results_folder()).glob("*.json"))]
+
+# %% ../../nbs/00_basics/results.ipynb #abe34415
+def verdict_line(
+    slug: str, # the paper's
+    folder: str | Path | None = None, # None is `results_folder()`
+) -> str: # Markdown: the primary claims first, in bold
+    "What the book-scale run on the chapter's own data said, a line per claim."
+    found = [r for r in load_results(folder) if r.slug == slug and r.scale == "book" and not r.source]
+    if not found: return "**Not yet measured.**"
+    bold = lambda c: "**" if c["primary"] else ""
+    ends = lambda c: "" if c["low"] is None else f" [{c['low']:+.3f}, {c['high']:+.3f}]"
+    lines = [f"- {bold(c)}{c['text']}: {c['verdict']}, {c['effect']:+.3f}{ends(c)}{bold(c)}" for c in sorted(found[0].claims, key=lambda c: not c["primary"])]
+    return f"Measured on seeds {', '.join(map(str, found[0].seeds))} ({found[0].metric}, difference with 95 % interval):\n\n" + "\n".join(lines)
 
 # %% ../../nbs/00_basics/results.ipynb #c20cbc1e
 def stale(

@@ -48,18 +48,19 @@ class SigmoidGELU(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(x):
-        gate = (x * x).mul_(B).add_(A).mul_(x).sigmoid_()
-        return x * gate, gate
+        u = (x * x).mul_(B)
+        gate = (u + A).mul_(x).sigmoid_()
+        slope = torch.ops.aten.sigmoid_backward(u.mul_(3).add_(A).mul_(x), gate).add_(gate) # now, while x is at hand
+        return gate.mul_(x), slope
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
     @staticmethod
     def backward(ctx, grad, _):
-        x, gate = ctx.saved_tensors
+        x, slope = ctx.saved_tensors
         if torch.is_grad_enabled(): return torch.func.vjp(lambda x: F.gelu(x, approximate="tanh"), x)[1](grad)[0] # to be differentiated again
-        slope = (x * x).mul_(3 * B).add_(A).mul_(x)
-        return slope.addcmul_(slope, gate, value=-1).add_(1).mul_(gate).mul_(grad)
+        return slope * grad
 
 def gelu_tanh(x: Tensor) -> Tensor:
     "GELU's tanh form; when a CPU trains, by way of `SigmoidGELU`."

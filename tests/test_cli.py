@@ -325,7 +325,7 @@ def test_refresh_by_name_cleans_what_it_keeps(monkeypatch, tmp_path):
     kept = path.read_bytes()
     (ran,) = json.loads(kept)["cells"]
     assert ran["outputs"][0]["data"]["text/plain"] == ["<object>"] and ran["execution_count"] is None and ran["metadata"] == {"tags": ["x"]}
-    subprocess.run(["nbdev_clean", "--fname", str(path)], cwd=tmp_path, check=True)
+    subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", str(path)], cwd=tmp_path, check=True)
     assert path.read_bytes() == kept
 
 

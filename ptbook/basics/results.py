@@ -241,15 +241,16 @@ def load_results(
 # %% ../../nbs/00_basics/results.ipynb #abe34415
 def verdict_line(
     slug: str, # the paper's
+    source: str | None = None, # data it was run on instead of the chapter's own
     folder: str | Path | None = None, # None is `results_folder()`
 ) -> str: # Markdown: the primary claims first, in bold
-    "What the book-scale run on the chapter's own data said, a line per claim."
-    found = [r for r in load_results(folder) if r.slug == slug and r.scale == "book" and not r.source]
+    "What the book-scale run said, a line per claim."
+    found = [r for r in load_results(folder) if r.slug == slug and r.scale == "book" and r.source == source]
     if not found: return "**Not yet measured.**"
     bold = lambda c: "**" if c["primary"] else ""
     ends = lambda c: "" if c["low"] is None else f" [{c['low']:+.3f}, {c['high']:+.3f}]"
     lines = [f"- {bold(c)}{c['text']}: {c['verdict']}, {c['effect']:+.3f}{ends(c)}{bold(c)}" for c in sorted(found[0].claims, key=lambda c: not c["primary"])]
-    return f"Measured on seeds {', '.join(map(str, found[0].seeds))} ({found[0].metric}, difference with 95 % interval):\n\n" + "\n".join(lines)
+    return f"Measured {f'on {source}, ' if source else ''}on seeds {', '.join(map(str, found[0].seeds))} ({found[0].metric}, difference with 95 % interval):\n\n" + "\n".join(lines)
 
 # %% ../../nbs/00_basics/results.ipynb #c20cbc1e
 def stale(

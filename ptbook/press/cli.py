@@ -334,7 +334,12 @@ def main(
 ) -> None:
     "The program `ptbook`. Exits with 0; 2 for a wrong request, 1 for a failed run, 130 for Ctrl-C."
     args = (sys.argv[1:] if args is None else args) or ["--help"]
-    try: code = typer.main.get_command(app).main(args, prog_name="ptbook", standalone_mode=False)
+    try:
+        code = typer.main.get_command(app).main(args, prog_name="ptbook", standalone_mode=False)
+        sys.stdout.flush() # here, not while Python exits, where nobody could answer
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (KeyboardInterrupt, typer.Abort): code = 130
     except Exception as error: code = exit_code(error)
     if code == 130: note("ptbook: interrupted")

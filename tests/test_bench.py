@@ -1,6 +1,7 @@
 "Timing in turns, and what `ptbook bench` prints."
 import gc
 import json
+import sys
 import time
 
 import pytest
@@ -25,6 +26,7 @@ def stub(monkeypatch):
         return bench.row("slow", "quick", (0.002, 0.001), target=0.8)
     del bench.BENCHMARKS["quick"]
     monkeypatch.setattr(bench, "BENCHMARKS", {"quick": [quick], "slow": [slow]})
+    monkeypatch.setattr(bench, "ELSEWHERE", {})
 
 
 def main(*args: str) -> int:
@@ -104,3 +106,47 @@ def test_both_sides_do_the_same_work():
 def test_a_step_is_timed():
     seconds = bench.time_step(32, 1, 2, 8, 2, repetitions=1, calls=1)
     assert all(s > 0 for s in seconds)
+
+
+def test_a_set_may_live_elsewhere_and_give_several_rows(stub, monkeypatch, capfd, tmp_path):
+    (tmp_path/"far_away.py").write_text("from ptbook.press import bench\nbench.benchmark('far')(lambda n: [bench.row(x, 'y', (1, n), 0.5) for x in 'ab'])\nbench.BENCHMARKS['far'][0].__doc__ = 'far.'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench, "ELSEWHERE", {"far": "far_away"})
+    assert len(bench.bench("quick")) == 1 and "far" not in bench.BENCHMARKS
+    assert [r["name"] for r in bench.bench("far", repetitions=2)] == ["a", "b"]
+    assert main("fra") == 2 and "far" in capfd.readouterr().err
+
+
+def test_a_peer_that_is_not_there(stub, monkeypatch, capfd):
+    def missing(repetitions: int = 8) -> dict:
+        "something with a peer."
+        raise bench.PeerMissing("the peer could not be installed: no network")
+    monkeypatch.setitem(bench.BENCHMARKS, "missing", [missing])
+    assert main("missing", "--json") == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.splitlines()[-1] == "ptbook: the peer could not be installed: no network"
+    assert main("all", "--json") == 0
+    out, err = capfd.readouterr()
+    assert len(json.loads(out)) == 2 and "no network" in err
+
+
+def test_a_program_is_measured_apart(tmp_path, monkeypatch):
+    from ptbook.press import bench_merge
+    monkeypatch.setattr(bench_merge, "work_folder", lambda: tmp_path)
+    held = bytearray(200 << 20)  # ours, and not the child's
+    small, large = (bench_merge.measured([sys.executable, "-S", "-c", f"print(len(b'x' * {n} * 10**6))"]) for n in (1, 100))
+    assert small.peak < 40 and 90 < large.peak - small.peak < 110 and large.said == "100000000\n" and len(held)
+    with pytest.raises(RuntimeError, match="exit code 3: .*why"): bench_merge.measured([sys.executable, "-S", "-c", "print('why'); raise SystemExit(3)"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_merges_are_compared_in_rounding_steps(tmp_path):
+    from safetensors.torch import save_file
+
+    from ptbook.press import bench_merge
+    for name, value in (("a", 1.0), ("b", 1.0 + 1/128)):
+        (tmp_path/name).mkdir()
+        save_file({"w": torch.tensor([value, 3.0])}, tmp_path/name/"model.safetensors")
+    assert bench_merge.largest_difference(tmp_path/"a", tmp_path/"b") == 1 and bench_merge.largest_difference(tmp_path/"a", tmp_path/"a") == 0
+    models = bench_merge.make_models(tmp_path/"models", bench_merge.SMALL, count=1)
+    assert [m.name for m in models] == ["base", "tuned0"] and bench_merge.disk_seconds(models, tmp_path/"out") > 0

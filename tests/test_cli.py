@@ -82,7 +82,7 @@ def ask(env, tmp_path, monkeypatch, capfd):
 
 def test_help_lists_every_command_and_loads_nothing_heavy(ask):
     said = ptbook("--help")
-    for command in ("chapters", "run", "tour", "sources", "ledger", "lab", "refresh", "bench"):
+    for command in ("chapters", "run", "tour", "sources", "ledger", "lab", "refresh", "bench", "merge"):
         assert re.search(rf"^  {command} +\S", said.stdout, re.M), command
         assert ask(command, "-h").stdout.startswith(f"Usage: ptbook {command}")
     assert "Examples:" in said.stdout and not said.stderr and said.stdout == ask().stdout
@@ -161,6 +161,9 @@ def test_a_value_that_is_not_a_number_fails_the_run(ask):
     (["lab", "casual"], ["casual", "'causal'"]),
     (["refresh", "ledgre"], ["ledgre", "ledger"]),
     (["bench", "basic"], ["basic", "basics"]),
+    (["bench", "merg"], ["merg", "'merge'"]),
+    (["merge", "no/such/model", "--out", "new"], ["no/such/model"]),
+    (["merge", "a", "b"], ["--out"]),
 ])
 def test_a_wrong_request_gets_one_line_and_exit_code_2(ask, request_, words):
     said = ask(*request_, rc=2)

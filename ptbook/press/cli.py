@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
            'options', 'title_of', 'chapters', 'work_folder', 'working_copy', 'lab_command', 'lab', 'RunFailed',
            'check_source', 'run', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh',
-           'readme', 'is_request_error', 'exit_code', 'main']
+           'readme', 'numbers', 'merge', 'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -306,6 +307,38 @@ def readme() -> None:
     from ptbook.press.refresh import write_readme
     print(write_readme())
 
+# %% ../../nbs/13_press/cli.ipynb #4c3094bd
+def numbers(
+    text: str | None, # "0.5,0.3,0.2"
+) -> list[float] | None:
+    "Numbers between commas. Raises ValueError for what is none."
+    try: return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError: raise ValueError(f"--weights {text!r}: wanted numbers with commas between, such as 0.5,0.3,0.2") from None
+
+
+@app.command(rich_help_panel="Make", epilog="Example: ptbook merge math code --base before --method ties --density 0.2 --out both")
+def merge(
+    models: Annotated[list[Path], typer.Argument(help="Model folders: config.json and model.safetensors, or its index and shards.")],
+    out: Annotated[Path, typer.Option(help="A new folder; appears whole or not at all.")],
+    method: Annotated[Literal["linear", "task_arithmetic", "ties", "dare", "dare_ties"], typer.Option(help="How versions become one.")] = "linear",
+    weights: Annotated[Optional[str], typer.Option(metavar="W,W,...", help="One number per model. [default: 1 each]")] = None,
+    base: Annotated[Optional[Path], typer.Option(help="The model before fine-tuning; all but linear need it.")] = None,
+    density: Annotated[float, typer.Option(help="Share of each change that ties and dare keep.")] = 0.2,
+    scale: Annotated[float, typer.Option(help="Of the merged change.")] = 1.0,
+    normalize: Annotated[Optional[bool], typer.Option(help="Divide by the weights' sum. [default: by method]")] = None,
+    seed: Annotated[int, typer.Option(help="Of dare's coins.")] = 0,
+    dtype: Annotated[Optional[Literal["float32", "bfloat16", "float16"]], typer.Option(help="Of the output. [default: the first model's]")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="[default: one per core]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Merge model folders into one, in little memory."
+    files = import_module("ptbook.merge.files") # a chapter's tool, found by name as experiments are
+    options = dict(dtype=dtype, threads=threads, overwrite=overwrite, density=density, scale=scale, normalize=normalize, seed=seed)
+    done = files.merge_files(models, out, method, numbers(weights), base, progress=sys.stderr.isatty(), **options)
+    if as_json: print_json({"folder": str(done.folder), **{key: getattr(done, key) for key in ("tensors", "parameters", "files", "read", "written", "seconds")}})
+    else: print(done)
+
 # %% ../../nbs/13_press/cli.ipynb #3ee7078a
 def is_request_error(
     error: BaseException,
@@ -321,7 +354,7 @@ def exit_code(
     "Print an error on standard error, in one line where one line will do, and say how to exit."
     kind = type(error).__name__
     if hasattr(error, "format_message"): text, code = error.format_message().replace("Value error, ", ""), error.exit_code # wrong usage, found by typer
-    elif kind in ("SeedFailed", "CellFailed", "RunFailed"): text, code = str(error), 1
+    elif kind in ("SeedFailed", "CellFailed", "RunFailed", "PeerMissing"): text, code = str(error), 1
     elif is_request_error(error): text, code = " ".join(str(error).split()), 2
     elif type(error) is RuntimeError: text, code = str(error), 1
     else: text, code = "".join(traceback.format_exception(error)).rstrip(), 1

@@ -57,6 +57,21 @@ def test_tied_weights_stay_tied():
     assert largest_gap(made, alone) < 1e-3 # keys have no use for a bias: its gradient is rounding, and Adam walks on it
 
 
+class Sum(nn.Module):
+    "Two inputs, one of them by name."
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, y, *, sign=1.0): return self.scale * (x + sign * y)
+
+
+def test_models_may_have_several_inputs():
+    x, y = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    made = fit_stacked([Sum(), Sum()], lambda m, b: m(b[0], b[1], sign=-1.0).pow(2).mean(), [(x, y)], 1, lr=0.1, clip=None)
+    assert torch.allclose(made[0].scale, torch.full((3,), 0.9), atol=1e-3)
+
+
 def test_a_neighbour_changes_nothing():
     one = fit_stacked([decoder(0)], next_token, Beside([Stream(ids(0), batch=4)]), 6, lr=1e-2)
     beside = fit_stacked([decoder(0), decoder(1)], next_token, Beside([Stream(ids(0), batch=4), Stream(ids(1), batch=4)]), 6, lr=[1e-2, 0.3])

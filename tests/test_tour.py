@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptbook.press import tour as module
-from ptbook.press.tour import BLOCK, STOPS, Tour, as_text, choose, coloured, cores, deduplicate, lines_of, page, read, spread_over, tour, write_page
+from ptbook.press.tour import BLOCK, STOPS, Tour, all_stops, as_text, choose, coloured, cores, deduplicate, lines_of, page, read, spread_over, tour, write_page
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_the_readers_own_text_becomes_a_page(tmp_path, capsys):
     threads = torch.get_num_threads()
     life = tour(source, out, progress=True)
     assert torch.get_num_threads() == threads
-    assert len(life.sections) == len(STOPS) and set(life.bits) == {"the newborn", "the model", "uniform", "unigram", "bz2", "xz"}
+    assert len(life.sections) == len(all_stops()) and set(life.bits) == {"the newborn", "the model", "uniform", "unigram", "bz2", "xz", "the best of three tunings", "their soup"}
     text = out.read_text(encoding="utf-8")
     assert not re.search(r"<[^>]*\s(?:src|href)=[\"']?(?!data:|[\"'])", text) and "prefers-color-scheme" in text
     assert f"{life.bits['the model']:.3f}" in text and "notes.txt" in text
@@ -94,7 +94,7 @@ def test_missing_and_unreadable_text(tmp_path):
 @pytest.mark.parametrize("out", ["folder", "no/such/folder/x.html"])
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, out):
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(module, "STOPS", [lambda life: pytest.fail("the work had begun")])
+    monkeypatch.setattr(module, "all_stops", lambda: [lambda life: pytest.fail("the work had begun")])
     with pytest.raises(ValueError, match="out="): tour(out=tmp_path / out)
 
 
@@ -115,7 +115,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_later_stop_only_needs_to_join_the_list(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("".join(prose(60)))
-    monkeypatch.setattr(module, "STOPS", [*STOPS[:2], lambda life: module.Section("Adapt", "one line", f"<p>{len(life.train)}</p>")])
+    monkeypatch.setattr(module, "all_stops", lambda: [*STOPS[:2], lambda life: module.Section("Adapt", "one line", f"<p>{len(life.train)}</p>")])
     life = tour(path, tmp_path / "x.html", progress=False)
     assert "<h2>3. Adapt</h2>" in page(life)
 

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'BATCH', 'STEPS', 'SIZES', 'LEARNING', 'READ', 'HELD_OUT', 'STOPS', 'PAGE', 'Section', 'Tour', 'lines_of',
            'deduplicate', 'spread_over', 'read', 'choose', 'quote', 'write', 'prompts', 'born', 'next_byte_loss',
            'plan', 'watch', 'figure_of_learning', 'picture', 'school', 'growing_up', 'moods', 'surprise', 'coloured',
-           'passage', 'speak', 'table', 'as_text', 'page', 'write_page', 'cores', 'tour']
+           'passage', 'speak', 'all_stops', 'table', 'as_text', 'page', 'write_page', 'cores', 'tour']
 
 # %% ../../nbs/01_tour.ipynb #30a9498e
 import copy, html, itertools, math, os, tempfile, time
@@ -41,7 +41,7 @@ class Section:
 class Tour:
     "One model's life so far."
     text: str | Path | None = None # the reader's own: a file, a folder, .jsonl, .parquet; None: the book's
-    seconds: float | None = 110 # the schooling may take, shortened on a slow machine; None: as long as it takes
+    seconds: float | None = 95 # the schooling may take, shortened on a slow machine; None: as long as it takes
     progress: bool = True # tell the story on the terminal
     scale: Scale = field(default_factory=as_scale) # tiny is a rehearsal
     name: str = "" # of the text
@@ -317,7 +317,12 @@ document it has never read; its own words begin after the ▸. Move the slider t
 <p>And here is a passage it has never read. The stronger the colour behind a character, the more it surprised the model (point at one to see its bits).</p>{coloured(text, cost)}""")
 
 # %% ../../nbs/01_tour.ipynb #9d18bf54
-STOPS: list[Callable[[Tour], Section]] = [choose, born, school, speak] # a new stop of the tour is added here
+STOPS: list[Callable[[Tour], Section]] = [choose, born, school, speak]
+
+def all_stops() -> list[Callable[[Tour], Section]]:
+    "These stops and those that come after them."
+    from ptbook.press import stops
+    return STOPS + stops.STOPS
 
 # %% ../../nbs/01_tour.ipynb #26ff0609
 def table(tour: Tour) -> list[tuple[str, float]]: # who, bits per byte; the worst first
@@ -372,7 +377,7 @@ def cores() -> int: # physical ones that this process may use, or OMP_NUM_THREAD
 def tour(
     text: str | Path | None = None, # the reader's own: a file, a folder, .jsonl, .parquet; None: the book's
     out: str | Path = "tour.html", # the page
-    seconds: float | None = 110, # the schooling may take; None: as long as it takes
+    seconds: float | None = 95, # the schooling may take; None: as long as it takes
     progress: bool = True, # tell the story on the terminal
 ) -> Tour: # the model, its schooling and the page's sections
     "The life of one small model, told for a newcomer in a page. Raises ValueError for a text too short or a page that cannot be written, and what `load` raises."
@@ -383,7 +388,7 @@ def tour(
     life, threads = Tour(text, seconds, progress), torch.get_num_threads()
     torch.set_num_threads(cores())
     try:
-        for i, stop in enumerate(STOPS, 1):
+        for i, stop in enumerate(all_stops(), 1):
             life.sections.append(section := stop(life))
             life.say(f"{i}. {section.title}: {section.line}")
     finally: torch.set_num_threads(threads)

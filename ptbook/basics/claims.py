@@ -237,8 +237,10 @@ def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None, env:
 def _parallel(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterable[dict]:
     "joblib on whatever backend `joblib.parallel_config` chose, results as they come where the backend can."
     from joblib import Parallel, delayed, parallel
-    streams = getattr(parallel.get_active_backend()[0], "supports_return_generator", False)
-    workers = Parallel(max(2, min(jobs, len(seeds))), batch_size=1, pre_dispatch="all", return_as="generator_unordered" if streams else "list")
+    backend = parallel.get_active_backend()[0]
+    streams = getattr(backend, "supports_return_generator", False)
+    rest = {"idle_worker_timeout": 5} if type(backend).__name__ == "LokyBackend" else {} # seconds; else a process that forked would wait five minutes for its workers
+    workers = Parallel(max(2, min(jobs, len(seeds))), batch_size=1, pre_dispatch="all", return_as="generator_unordered" if streams else "list", **rest)
     return workers(delayed(task)(seed) for seed in seeds)
 
 def _outcomes(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterator[dict]:

@@ -51,17 +51,16 @@ def stir(tour: Tour) -> Section:
     soup = greedy_soup(members, lambda m: -bits(m, chosen))
     singles, start = [bits(m) for m in members], bits(tour.model)
     best, stirred = singles[soup.history[0].model], bits(soup.model)
-    t, line = path(*members[:2], lambda m: -bits(m, measured[:16]), n=7)
+    t, line = path(*members[:2], lambda m: -bits(m), n=7)
     fig, ax = figure("On the way from one tuned model to another", "place between the first and the second", "bits per byte", size=(7.2, 3.2))
     ax.plot(t, -line, "o-", color="#009E73")
-    tour.bits |= {"the best of three tunings": best, "their soup": stirred}
     worth = "better than the best of them" if stirred < best else "no better than the best of them"
     return Section("One soup", f"three tunings of {steps} steps need {', '.join(f'{b:.3f}' for b in singles)} bits per byte, a soup of {len(soup.ingredients)} of them {stirred:.3f}", f"""<p>The model goes on reading, three times from the
 same place, each time for {steps} steps in another order and with another learning rate that stays high to the end. So there are three models, which need {', '.join(f'{b:.3f}' for b in singles)} bits per byte; the one they came from needs {start:.3f}.</p>
 <p>None is thrown away. Their weights are averaged, number by number: a <b>soup</b>. The greedy recipe put {len(soup.ingredients)} of the three into the pot. One model, with the running cost of one model, needs <b>{stirred:.3f}</b>: {worth}.
 Ingredients were chosen on one half of the text that was put away; these numbers are from the other half.</p>
 {picture(fig, f"Bits per byte along the line between two tuned models: {-line[0]:.3f} and {-line[-1]:.3f} at the ends, {-line[3]:.3f} in the middle")}
-<p>That this works at all is because the three have one start. The picture walks in a straight line from the first to the second and measures the model at each place.</p>""")
+<p>That this works at all is because the three have one start. The picture walks in a straight line from the first to the second and measures the model at each place, on that same half.</p>""")
 
 # %% ../../nbs/13_press/stops.ipynb #46ad02cc
 STOPS: list[Callable[[Tour], Section]] = [stir] # after the stops of `press.tour`

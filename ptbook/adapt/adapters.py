@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Adapter', 'is_linear', 'matrix', 'Adapted', 'fits', 'within', 'linears', 'find_linears', 'Attached', 'attached',
-           'Method', 'replace', 'named', 'originals', 'adapt', 'sites', 'parts', 'use', 'using', 'Count', 'trainable',
-           'fold', 'chosen', 'merged', 'remove', 'merge']
+           'originals', 'Method', 'replace', 'named', 'adapt', 'sites', 'parts', 'use', 'using', 'Count', 'trainable',
+           'fold', 'chosen', 'merged', 'drop', 'remove', 'merge']
 
 # %% ../../nbs/04_adapt/adapters.ipynb #1786ab0c
 import copy, re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,9 +54,13 @@ class Adapted(nn.Module):
         self.base, self.adapters, self.active = base, nn.ModuleDict(), None
 
     @property
-    def weight(self) -> Tensor: return self.base.weight # for code that asks a layer for its device or dtype
-    @property
     def bias(self) -> Tensor | None: return self.base.bias
+    @property
+    def weight(self) -> Tensor: # W with its change, for code that multiplies with a layer's weight itself, as nn.MultiheadAttention does
+        if isinstance(self.active, list): raise ValueError("this layer's weight is asked for, and every row of the batch has another; use one adapter per batch")
+        if self.active not in self.adapters: return self.base.weight
+        delta = self.adapters[self.active].delta().to(self.base.weight.dtype)
+        return self.base.weight + (delta if isinstance(self.base, nn.Linear) else delta.T)
 
     def forward(self, x: Tensor) -> Tensor: # (batch, ..., in) -> (batch, ..., out)
         if isinstance(self.active, list): return self.by_row(x)
@@ -123,15 +127,23 @@ class Attached:
     places: list[str] # dotted names of the modules that hold it
     train_also: list[str] # what else it trains, as it was named
     own: dict[str, nn.Parameter] = field(default_factory=dict) # parameter -> the value that it has for it
+    targets: Any = None # as they were given
 
 def attached(model: nn.Module) -> dict[str, Attached]: # name -> what is known of it; empty for a model without adapters
     "The adapters of a model."
     return vars(model).setdefault("_attached", {})
 
+def originals(model: nn.Module) -> dict[str, nn.Parameter]: # full name -> the base's own value
+    "Of what some adapter has a value of its own for, the value that the model came with."
+    return vars(model).setdefault("_originals", {})
+
 @dataclass(frozen=True)
 class Method:
     "A way to adapt linear layers: a subclass is a frozen dataclass of settings, with a `kind` and an `adapter`."
     kind: ClassVar[str] = "" # its name in files
+    kinds: ClassVar[dict[str, type["Method"]]] = {} # of the methods that are loaded
+
+    def __init_subclass__(cls): cls.kinds[cls.kind] = cls
 
     def adapter(self, base: nn.Module, name: str) -> Adapter: # of an nn.Linear or Conv1D, and its dotted name
         "A new adapter that changes nothing yet."
@@ -141,10 +153,17 @@ class Method:
         "The settings as they are written to a file."
         return asdict(self)
 
+    @classmethod
+    def from_settings(cls, written: dict[str, Any]) -> "Method": # raises ValueError for settings that cannot be
+        "The method that has written these settings."
+        return cls(**{f.name: written[f.name] for f in fields(cls) if f.name in written})
+
     def attach(self, model: nn.Module, targets: str | Sequence[str] | None, train_also: Sequence[str], name: str) -> nn.Module:
         "Put an adapter beside each layer that is meant."
         known = linears(model)
-        made = {place: self.adapter(known[place], place).to(known[place].weight.device) for place in find_linears(model, targets, train_also)}
+        places = find_linears(model, targets, train_also)
+        if taken := [n for n in originals(model) if any(n.startswith(f"{place}.") for place in places)]: raise ValueError(f"targets: another adapter has a {taken[0]!r} of its own; leave that layer out")
+        made = {place: self.adapter(known[place], place).to(known[place].weight.device) for place in places}
         for place, adapter in made.items():
             if not isinstance(model.get_submodule(place), Adapted): replace(model, place, Adapted(known[place]))
             model.get_submodule(place).train(model.training).adapters[name] = adapter.train(model.training)
@@ -174,10 +193,6 @@ def named(
         raise ValueError(f"train_also: {asked!r} is no module or parameter of the model; near names: {', '.join(near) or 'none'}")
     return [n for n in known if within(n, list(names))]
 
-def originals(model: nn.Module) -> dict[str, nn.Parameter]: # full name -> the base's own value
-    "Of what some adapter has a value of its own for, the value that the model came with."
-    return vars(model).setdefault("_originals", {})
-
 def adapt(
     model: nn.Module, # changed in place: frozen, and adapters put beside its layers
     method: Method, # LoRA(r=8), SVFit(), ...
@@ -191,11 +206,14 @@ def adapt(
     if not isinstance(method, Method): raise ValueError(f"method: got {method!r}, wanted settings such as LoRA(r=8)")
     if not name or "." in name: raise ValueError(f"name: got {name!r}, wanted one without dots")
     if name in attached(model): raise ValueError(f"name: the model has an adapter {name!r} already; wanted none of {', '.join(attached(model))}")
-    if attached(model): use(model, None)
-    chosen = named(model, train_also)
-    model = method.attach(model.requires_grad_(False), targets, train_also, name)
-    for n in chosen: originals(model).setdefault(n, model.get_parameter(n))
-    attached(model)[name].own = {n: nn.Parameter(originals(model)[n].detach().clone()) for n in chosen}
+    for n in named(model, train_also):
+        if inside := [place for place, m in model.named_modules() if isinstance(m, Adapted) and n.startswith(f"{place}.")]: raise ValueError(f"train_also: {inside[0]!r} has an adapter; wanted layers without")
+    model = method.attach(model, targets, train_also, name)
+    use(model, None) # so that what follows sees the base's own head
+    model.requires_grad_(False)
+    also = named(model, train_also)
+    for n in also: originals(model).setdefault(n, model.get_parameter(n))
+    attached(model)[name].own, attached(model)[name].targets = {n: nn.Parameter(originals(model)[n].detach().clone()) for n in also}, targets
     use(model, name)
     return model
 
@@ -280,6 +298,16 @@ def merged(
         finally:
             with torch.no_grad():
                 for m, weight in zip(layers.values(), kept): matrix(m.base).copy_(weight)
+
+def drop(
+    model: nn.Module, # changed in place
+    name: str, # an adapter, at work or not
+) -> None:
+    "Take one adapter off and leave the others; afterwards none is at work. Raises KeyError for an unknown name."
+    places = parts(model, name)
+    use(model, None)
+    for place in places: del model.get_submodule(place).adapters[name]
+    del attached(model)[name]
 
 def remove(
     model: nn.Module, # changed in place

@@ -59,7 +59,7 @@ def alternate(
 
 # %% ../../nbs/13_press/bench.ipynb #add96cd3
 BENCHMARKS: dict[str, list[Callable[[int], dict]]] = {} # set -> its benchmarks
-ELSEWHERE = {"merge": "ptbook.press.bench_merge"} # set -> the module that registers it, imported when it is asked for
+ELSEWHERE = {name: f"ptbook.press.bench_{name}" for name in ("adapt", "distill", "merge")} # set -> the module that registers it, imported when it is asked for
 
 
 class PeerMissing(RuntimeError):

@@ -28,7 +28,7 @@ import typer
 import typer.core
 
 import ptbook
-from .ledger import NoChapter, UnknownName, book_folder, find, fresh_results, notebook, notebooks, papers, unnumbered
+from .ledger import COMPANIONS, NoChapter, UnknownName, book_folder, companions, find, fresh_results, notebook, notebooks, papers, unnumbered
 from .ledger import ledger as read_ledger
 
 # %% ../../nbs/13_press/cli.ipynb #fc07ffd5
@@ -139,13 +139,14 @@ def title_of(
 def chapters(as_json: Json = False) -> None:
     "List the chapters that are written, in reading order."
     slugs = {}
-    for paper in papers(): slugs.setdefault(paper.chapter, []).append(paper.slug)
+    for paper in (*papers(), *COMPANIONS): slugs.setdefault(paper.chapter, []).append(paper.slug)
     rows = [{"chapter": unnumbered(address), "title": title_of(path), "slugs": slugs.get(address, []), "notebook": f"nbs/{address}.ipynb"}
             for address, path in notebooks().items()]
     if as_json: return print_json(rows)
     print(as_table([[r["chapter"], " ".join(r["slugs"]), r["title"]] for r in rows], ["chapter", "papers", "title"]))
-    waiting = sum(chapter not in notebooks() for chapter in slugs)
-    print(f"\n{len(rows)} notebooks; {waiting} of the {len(slugs)} chapters about papers are still to be written (`ptbook ledger` lists the papers)")
+    about = {paper.chapter for paper in papers()}
+    waiting = sum(chapter not in notebooks() for chapter in about)
+    print(f"\n{len(rows)} notebooks; {waiting} of the {len(about)} chapters about papers are still to be written (`ptbook ledger` lists the papers)")
 
 # %% ../../nbs/13_press/cli.ipynb #4e476535
 def work_folder() -> Path:
@@ -233,14 +234,16 @@ def run(
 def ledger_text(
     rows: list[dict], # what ledger() gives
     stale: Sequence[str] = (), # slugs whose result is out of date
+    beside: Sequence[dict] = (), # what companions() gives
 ) -> str:
-    "The ledger as text: counts, then the papers, measured ones first."
+    "The ledger as text: counts, then the papers, measured ones first, then those that are not counted."
     order = ("supported", "undecided", "contradicted", "not yet")
     counts = ", ".join(f"{sum(r['verdict'] == v for r in rows)} {v}" for v in order)
     def effect(r): return "" if r["low"] is None else f"{r['effect']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]"
-    cells = [[r["slug"], "stale" if r["slug"] in stale else r["verdict"], r["claim"], effect(r), unnumbered(r["chapter"]), r["title"]]
-             for r in sorted(rows, key=lambda r: r["verdict"] == "not yet")]
-    return f"{len(rows)} papers: {counts}\n\n" + as_table(cells, ["slug", "verdict", "claim", "effect [95 %]", "chapter", "title"])
+    def cells(rows): return [[r["slug"], "stale" if r["slug"] in stale else r["verdict"], r["claim"], effect(r), unnumbered(r["chapter"]), r["title"]]
+                             for r in sorted(rows, key=lambda r: r["verdict"] == "not yet")]
+    def table(rows): return as_table(cells(rows), ["slug", "verdict", "claim", "effect [95 %]", "chapter", "title"])
+    return f"{len(rows)} papers: {counts}\n\n{table(rows)}" + (f"\n\nNot counted, for chapters stand on them:\n\n{table(beside)}" if beside else "")
 
 
 @app.command(rich_help_panel="Measure")
@@ -250,7 +253,7 @@ def ledger(as_json: Json = False) -> None:
     rows = read_ledger(fresh)
     for slug in stale: note(f"stale, so not counted: {slug} was measured with code that has changed since (ptbook run {slug} measures it again)")
     if as_json: print_json(rows)
-    else: print(ledger_text(rows, stale))
+    else: print(ledger_text(rows, stale, companions(fresh)))
 
 
 @app.command(rich_help_panel="Measure")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import Method, adapt, attached, drop, is_linear, linears, parts, remove
+from .adapters import Method, adapt, attached, drop, linears, parts, remove, within
 
 # %% ../../nbs/04_adapt/adapter_files.ipynb #773c7bf9
 PREFIX, CONFIG, WEIGHTS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
@@ -120,10 +120,11 @@ def load(
     "Put a saved adapter on a model. Raises AdapterError for a folder that holds none for this model, which is then left as it was, and ValueError for a name that is taken."
     folder, first = Path(folder), not attached(model)
     path, config = folder / CONFIG, read_config(folder)
-    method, targets, also = method_of(config, path), names_of(config, "target_modules", path), names_of(config, "modules_to_save", path)
+    method, targets, also = method_of(config, path), names_of(config, "target_modules", path), names_of(config, "modules_to_save", path) or []
+    also = [n for n in ([also] if isinstance(also, str) else also) if any(within(p, [n]) for p, _ in model.named_parameters())] # peft names heads of all sorts, to be saved if they are there
     if name in attached(model): raise ValueError(f"name: the model has an adapter {name!r} already; wanted none of {', '.join(attached(model))}")
     learnt = {n: p.requires_grad for n, p in model.named_parameters()}
-    try: made = adapt(model, method, None if targets == "all-linear" else targets, train_also=[also] if isinstance(also, str) else also or [], name=name)
+    try: made = adapt(model, method, None if targets == "all-linear" else targets, train_also=also, name=name)
     except ValueError as error: raise AdapterError(f"{path}: {error}") from error
     try: read_into(tensors_of(made, name), folder / WEIGHTS)
     except AdapterError:

@@ -114,7 +114,7 @@ class Scattered(Method):
 # %% ../../nbs/04_adapt/lora.ipynb #69fc8164
 STEPS = {"tiny": 5} # 150 at the other scales
 RATES = {"head only": 3e-2, "full fine-tuning": 4e-3, "LoRA r=1": 4e-2, "LoRA r=2": 4e-2, "LoRA r=8": 1e-2, "scattered numbers": 2e-2,
-         "blank: full fine-tuning": 2e-3, "blank: LoRA r=2": 2e-2, "blank: LoRA r=8": 1e-2} # peak; of rates a factor of two apart, the best on seeds 1001 and 1002, with a worse one on either side
+         "blank: full fine-tuning": 2e-3, "blank: LoRA r=2": 2e-2, "blank: LoRA r=8": 1e-2} # peak; of rates a factor of two or three apart, the best on seeds 1001 and 1002, with a worse one on either side
 HEAD = ("head", "head_bias")
 
 def learner(

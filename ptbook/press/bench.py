@@ -139,19 +139,17 @@ def gpt2_pair(
 
 
 def stepper(
-    model: nn.Module, # a language model
-    logits: Callable[[Tensor], Tensor], # how to get its logits from token ids
-    ids: Tensor, # (batch, length) token ids
+    model: nn.Module, # what requires a gradient learns
+    loss: Callable[[], Tensor], # a forward pass
 ) -> Callable[[], float]:
     "A function that does one whole training step and returns the loss."
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
-    targets = ids[:, 1:].flatten()
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-4, fused=True)
     def step():
-        loss = F.cross_entropy(logits(ids)[:, :-1].flatten(0, 1), targets)
-        loss.backward()
+        value = loss()
+        value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return value.item()
     return step
 
 # %% ../../nbs/13_press/bench.ipynb #64ae96c8
@@ -167,7 +165,8 @@ def time_step(
     "One training step of our GPT-2 and of transformers'."
     ours, theirs = gpt2_pair(hidden_size, layers, heads, length)
     ids = torch.randint(260, (batch, length), generator=torch.Generator().manual_seed(0))
-    return alternate(stepper(ours, ours, ids), stepper(theirs, lambda ids: theirs(ids, use_cache=False).logits, ids), repetitions, calls)
+    def loss(logits): return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return alternate(stepper(ours, lambda: loss(ours(ids))), stepper(theirs, lambda: loss(theirs(ids, use_cache=False).logits)), repetitions, calls)
 
 
 @benchmark("basics")

@@ -361,3 +361,13 @@ def test_the_readme_shows_what_the_page_shows(monkeypatch, tmp_path):
     assert "![A curve falls](nbs/images/index-1.png)" in text and (tmp_path/"nbs/images/index-1.png").read_bytes()[:4] == b"\x89PNG"
     assert "```python\n1 + 1\n```\n\n```text\n2\n```" in text and "[a](nbs/01_tour.ipynb)" in text
     assert "secret" not in text and "plot()" not in text and "title: x" not in text and "#|" not in text
+
+
+def test_what_a_chapter_quotes_from_its_results_is_quoted_at_the_end(tmp_path):
+    from ptbook.press.refresh import run_cells
+    import nbformat
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (
+        "from pathlib import Path\ndef verdict_line(slug): return Path('result').read_text() if Path('result').exists() else 'not yet'", "verdict_line('a')", "1 + 1", "Path('result').write_text('supported');")])
+    nbformat.write(nb, tmp_path/"chapter.ipynb")
+    done = run_cells(tmp_path/"chapter.ipynb", "tiny", progress=False)
+    assert len(done.cells) == 4 and [o["data"]["text/plain"] for c in done.cells[1:3] for o in c.outputs] == ["'supported'", "2"]

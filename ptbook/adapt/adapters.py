@@ -187,7 +187,7 @@ def named(
     names: Sequence[str], # of modules or parameters, or ends of such names
 ) -> list[str]: # full names of parameters
     "The parameters that `train_also` means. Raises ValueError, with near names, for a name that means none."
-    known = [n for n, _ in model.named_parameters() if ".adapters." not in n]
+    known = [n for n, _ in model.named_parameters() if ".adapters." not in f".{n}"]
     for asked in names:
         if any(within(n, [asked]) for n in known): continue
         near = get_close_matches(asked, sorted({part for n in known for part in n.split(".")}), n=3, cutoff=0.5)

@@ -28,7 +28,7 @@ def test_gradients_are_those_of_peft(r, alpha, rslora, rows):
         with torch.no_grad(): part.B.normal_(), layer.lora_A.default.weight.copy_(part.A), layer.lora_B.default.weight.copy_(part.B)
         pairs += [(part.A, layer.lora_A.default.weight), (part.B, layer.lora_B.default.weight)]
     a, b = ours(x), theirs(x)
-    assert (a - b).abs().max() < 1e-6 * b.abs().max()
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
     a.square().sum().backward(), b.square().sum().backward()
     assert all((p.grad - q.grad).abs().max() < 1e-4 * q.grad.abs().max().clamp(min=1) for p, q in pairs)
 

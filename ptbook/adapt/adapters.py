@@ -167,6 +167,7 @@ def originals(model: nn.Module) -> dict[str, nn.Parameter]: # full name -> the b
     "Of what some adapter has a value of its own for, the value that the model came with."
     return vars(model).setdefault("_originals", {})
 
+# %% ../../nbs/04_adapt/adapters.ipynb #9663e29a
 @dataclass(frozen=True)
 class Method:
     "A way to adapt linear layers: a subclass is a frozen dataclass of settings, with a `kind` and an `adapter`."
@@ -343,6 +344,7 @@ def drop(
     for place in places: del model.get_submodule(place).adapters[name]
     del attached(model)[name]
 
+# %% ../../nbs/04_adapt/adapters.ipynb #6bf35fba
 def remove(
     model: nn.Module, # changed in place
 ) -> nn.Module: # the base

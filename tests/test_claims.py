@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from scipy import stats
 
 from ptbook.basics import claims, results
-from ptbook.basics.claims import SCALES, as_scale, claim, experiment, parse_seeds, run, verdict
+from ptbook.basics.claims import SCALES, Experiment, as_scale, claim, experiment, parse_seeds, run, verdict
 from ptbook.basics.results import Report, SeedFailed, load_results, results_folder
 
 CHAPTER = "no.such_chapter"
@@ -337,3 +338,15 @@ def test_a_disk_that_fills_loses_nothing(marked, monkeypatch):
     monkeypatch.setattr(results, "write_json", write)
     run(fails, "tiny", jobs=1, progress=False, folder=marked / "results")
     assert marks(marked / "marks", 0) == 2  # the seeds were kept
+
+
+class NeverLoads:
+    "Can be sent, and not be read."
+    def __reduce__(self): return int, ("not a number",)
+
+
+@pytest.mark.parametrize("held", [threading.Lock(), NeverLoads()], ids=["cannot be sent", "cannot be read"])
+def test_an_experiment_that_cannot_travel_runs_here(held, tmp_path):
+    made = Experiment(lambda seed, scale: {"a": float(seed), "b": float(held is None)}, "stays", "nowhere.chapter", "unit")
+    report = run(made, "tiny", jobs=2, progress=False, folder=tmp_path)
+    assert report.arms == {"a": [0.0, 1.0], "b": [0.0, 0.0]}

@@ -244,7 +244,7 @@ def _parallel(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> I
     return workers(delayed(task)(seed) for seed in seeds)
 
 def _outcomes(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterator[dict]:
-    "Every seed's outcome. Seeds in flight when a worker died are tried once more, each by itself."
+    "Every seed's outcome. Seeds in flight when a worker died are tried once more, each by itself; those of an experiment that cannot be sent to a worker are run here."
     from joblib import parallel
     waiting = list(seeds)
     if jobs == 1 or getattr(parallel.get_active_backend()[0], "uses_threads", False): return (yield from map(task, waiting))
@@ -253,7 +253,10 @@ def _outcomes(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> I
             for outcome in _parallel(waiting, task, jobs):
                 waiting.remove(outcome["seed"])
                 yield outcome
-        except BrokenExecutor:  # started in order: those in flight are among the first `jobs`
+        except Exception as e:
+            if type(e).__name__ == "PicklingError" or "un-serialize" in str(e): return (yield from map(task, waiting)) # a notebook's cached function, for instance
+            if not isinstance(e, BrokenExecutor): raise
+            # started in order: those in flight are among the first `jobs`
             for seed in waiting[:jobs]:
                 try: yield from _parallel([seed], task, jobs)
                 except BrokenExecutor as e: yield {"seed": seed, "error": _death(e)}

@@ -125,6 +125,20 @@ def test_half_precision_base_and_autocast():
     assert 0 < (rough - exact).abs().max() < 0.1
 
 
+def test_a_small_change_is_not_lost_in_half_precision():
+    torch.manual_seed(0)
+    layer, x = adapt(nn.Sequential(nn.Linear(32, 32)), LoRA(r=2), ["0"]).to(torch.bfloat16), torch.randn(200, 32, dtype=torch.bfloat16)
+    with torch.no_grad(): parts(layer)["0"].B.fill_(1e-5)
+    layer[0].base.weight.data.fill_(1.0) # beside which the change is below bfloat16's resolution
+    before = layer(x).detach()
+    with using(layer, None): bare = layer(x).detach()
+    part = parts(layer)["0"]
+    assert torch.equal(layer[0].base.weight + part.delta(), layer[0].base.weight) and part.branch(x).abs().max() > 0
+    y = layer(x)
+    y.float().sum().backward()
+    assert part.B.grad.abs().max() > 0 and (part.add(torch.zeros_like(y), x) != 0).any() and torch.equal(before, part.add(bare.clone(), x))
+
+
 def test_dropout_is_of_the_branch_and_of_training_only():
     torch.manual_seed(0)
     layer = Adapted(nn.Linear(16, 16))

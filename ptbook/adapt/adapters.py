@@ -61,7 +61,7 @@ class Adapter(nn.Module):
     def beside(self, base: nn.Module, x: Tensor) -> Tensor: # the linear layer, (rows, in) -> (rows, out)
         "The layer's output with this adapter."
         W, thin = matrix(base), self.thin()
-        alike = thin and x.dtype == W.dtype == thin[0].dtype and not torch.is_autocast_enabled(x.device.type)
+        alike = thin and x.dtype == W.dtype == thin[0].dtype and W.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type) # in half precision a small change would be lost in W
         if not alike or any(p.requires_grad for p in base.parameters()) or len(x) * sum(W.shape) < 2 * W.numel(): return self.add(base(x), x) # few rows: W + s B A would cost more than it saves
         return LowRankLinear.apply(x, W, base.bias, *thin)
 

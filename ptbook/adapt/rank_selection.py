@@ -267,6 +267,7 @@ def continual_fit(
         rows.append([task_accuracy(model, t) for t in tasks])
     return np.array(rows)
 
+# %% ../../nbs/04_adapt/rank_selection.ipynb #97368b71
 def retention(
     matrix: np.ndarray, # (T, T) from `continual_fit`
 ) -> float: # 1: nothing was lost; 0: everything was

@@ -223,7 +223,7 @@ def histogram(
         if np.isfinite(selection.line): ax.axvline(np.clip(selection.line, low, high), color="#000000", lw=1)
         ax.legend()
     data = io.BytesIO()
-    fig.savefig(data, format="png", dpi=110)
+    fig.savefig(data, format="png", dpi=110, bbox_inches="tight")
     plt.close(fig)
     return f'<img alt="Histogram of the scores: {len(selection.kept)} kept of {int(judged.sum())}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 

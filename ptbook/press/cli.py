@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -337,8 +338,10 @@ def select(
     report = import_module("ptbook.curate.report")
     network, encode = report.language_model(model) if model else (None, None)
     copies = "exact" if near is None else import_module("ptbook.curate.duplicates").NearDuplicates(near)
-    with clean_stdout(as_json):
+    with clean_stdout(as_json), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
         done = report.select_files(source, out, method, keep, target=target, by=by, text=text, duplicates=copies, model=network, encode=encode, seed=seed, progress=sys.stderr.isatty())
+    for warning in said: note(f"ptbook: {warning.message}")
     if as_json: print_json({"kept": str(done.kept), "reasons": str(done.reasons), "page": str(done.page), "read": len(done.selection.reasons), "counts": done.selection.counts, "line": done.selection.line})
     else: print(done)
 

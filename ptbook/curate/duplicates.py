@@ -58,6 +58,7 @@ def shingles(
     for fewer in range(n - 1, 0, -1):
         counts = np.diff(offsets)
         short = np.flatnonzero(counts == 0)
+        if not len(short): break
         whole, bounds = ngram_hashes([texts[i] for i in short], fewer) # one where there are exactly `fewer` words, else none
         counts[short] = np.diff(bounds)
         hashes = np.insert(hashes, offsets[short[counts[short] > 0]], whole)

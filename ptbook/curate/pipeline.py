@@ -29,11 +29,11 @@ from .records import REASONS, Files, Judged, Overlap, Scorer, Selection, batches
 try:
     from datatrove.data import Document
     from datatrove.pipeline.base import PipelineStep
-except ImportError as missing:
-    why = str(missing)
+except ImportError as error:
+    _WHY = str(error)
     class PipelineStep:
         "Stands in for datatrove's."
-        def __init__(self): raise ImportError(f"ptbook.curate.pipeline runs on datatrove: pip install 'ptbook[scale]' ({why})")
+        def __init__(self): raise ImportError(f"ptbook.curate.pipeline runs on datatrove: pip install 'ptbook[scale]' ({_WHY})")
 
 # %% ../../nbs/06_curate/pipeline.ipynb #4df8f67f
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def pipelines(
     files = Files(source, text)
     goal = None if target is None else hashlib.sha256(text_keys(target).tobytes()).hexdigest()
     texts = list(itertools.islice((r.text for r in files if r.text and r.text.strip()), 16))
-    plan = Plan(str(source), text, cut(files, together), dict(keep=keep, by=by, target=goal, duplicates=duplicates, longest=longest), judge(texts, scorer).scores.tolist())
+    plan = Plan(str(source), text, cut(files, together), dict(keep=keep, by=by, target=goal, duplicates=duplicates, longest=longest), judge(texts, scorer, longest=longest).scores.tolist())
     _settle(out, plan)
     n = tasks or max(1, min(1000, len(plan.shards)))
     stages = (("score", first, n), ("decide", second, 1), ("take", [ReadShards(out, "kept"), Take(out), WriteKept(out)], n))
@@ -317,8 +317,8 @@ def _settle(out: Path, plan: Plan) -> None:
         with replacing(out/"plan.json") as beside: beside.write_text(json.dumps(asdict(plan)), encoding="utf-8")
         return
     before = Plan.load(out)
-    differ = [k for k in ("folder", "text", "shards") if getattr(before, k) != getattr(plan, k)] + [k for k, v in plan.settings.items() if before.settings[k] != v]
-    if len(before.probe) != len(plan.probe) or not np.allclose(before.probe, plan.probe): differ.append("scorer")
+    differ = [k for k in ("folder", "text", "shards") if getattr(before, k) != getattr(plan, k)] + [k for k, v in plan.settings.items() if before.settings.get(k) != v]
+    if len(before.probe) != len(plan.probe) or not np.allclose(before.probe, plan.probe, atol=1e-12, equal_nan=True): differ.append("scorer")
     if differ: raise ValueError(f"folder_out: {out} was begun with other {', '.join(differ)}: go on with the same, or use another folder")
 
 def collect(

@@ -55,8 +55,8 @@ def test_the_books_balance(tmp_path, keep, by):
 def test_batches_do_not_show(tmp_path, monkeypatch):
     files = Files(pool(tmp_path/"pool"))
     whole = chosen(files, Random(), 0.3)
-    cut = records._batches
-    monkeypatch.setattr(records, "_batches", lambda stream: cut(stream, most=7, characters=100))
+    cut = records.batches
+    monkeypatch.setattr(records, "batches", lambda stream: cut(stream, most=7, characters=100))
     again = chosen(files, Random(), 0.3)
     assert np.array_equal(whole.reasons, again.reasons) and np.array_equal(whole.scores, again.scores, equal_nan=True)
 

@@ -82,7 +82,7 @@ def ask(env, tmp_path, monkeypatch, capfd):
 
 def test_help_lists_every_command_and_loads_nothing_heavy(ask):
     said = ptbook("--help")
-    for command in ("chapters", "run", "tour", "sources", "ledger", "lab", "refresh", "bench", "merge"):
+    for command in ("chapters", "run", "tour", "sources", "ledger", "lab", "refresh", "bench", "merge", "select"):
         assert re.search(rf"^  {command} +\S", said.stdout, re.M), command
         assert ask(command, "-h").stdout.startswith(f"Usage: ptbook {command}")
     assert "Examples:" in said.stdout and not said.stderr and said.stdout == ask().stdout
@@ -164,6 +164,12 @@ def test_a_value_that_is_not_a_number_fails_the_run(ask):
     (["bench", "merg"], ["merg", "'merge'"]),
     (["merge", "no/such/model", "--out", "new"], ["no/such/model"]),
     (["merge", "a", "b"], ["--out"]),
+    (["select", "no/such/pool", "out.parquet"], ["no/such/pool"]),
+    (["select", "README.md", "out.txt"], ["out.txt", ".parquet"]),
+    (["select", "README.md", "out.parquet", "--keep", "0"], ["keep", "got 0"]),
+    (["select", "README.md", "out.parquet", "--near", "1.5"], ["threshold", "1.5"]),
+    (["select", "README.md", "out.parquet", "--method", "importance"], ["--target"]),
+    (["select", "README.md", "out.parquet", "--method", "magic"], ["magic", "importance"]),
 ])
 def test_a_wrong_request_gets_one_line_and_exit_code_2(ask, request_, words):
     said = ask(*request_, rc=2)
@@ -371,3 +377,20 @@ def test_what_a_chapter_quotes_from_its_results_is_quoted_at_the_end(tmp_path):
     nbformat.write(nb, tmp_path/"chapter.ipynb")
     done = run_cells(tmp_path/"chapter.ipynb", "tiny", progress=False)
     assert len(done.cells) == 4 and [o["data"]["text/plain"] for c in done.cells[1:3] for o in c.outputs] == ["'supported'", "2"]
+
+
+def test_select(ask, tmp_path):
+    pool = tmp_path/"pool"
+    pool.mkdir()
+    texts = [f"{i} the sea and the ship and a wave of the tide" if i % 4 == 0 else f"{i} bread and salt in the oven of the kitchen" for i in range(80)]
+    (pool/"a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + '\n{"text": "cut')
+    (tmp_path/"target.txt").write_text("a wave and a ship\n\nthe tide of the sea")
+    out = str(tmp_path/"best.parquet")
+    said = ask("select", str(pool), out, "--target", str(tmp_path/"target.txt"), "--keep", "0.25", "--json")
+    told = json.loads(said.stdout)
+    assert told["read"] == 81 and sum(told["counts"].values()) == 81 and told["counts"]["kept"] == 20 and told["counts"]["unreadable"] == 1
+    assert "1 of 81 records could not be read" in said.stderr
+    import pyarrow.parquet as pq
+    assert all("ship" in t for t in pq.read_table(out)["text"].to_pylist()) and Path(told["page"]).exists() and Path(told["reasons"]).exists()
+    near = ask("select", str(pool), out, "--method", "random", "--near", "0.3")
+    assert "81 records read" in near.stdout and "duplicate" in near.stdout

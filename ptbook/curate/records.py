@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .duplicates import SignatureIndex, minhash
 from .ngrams import mix, ngram_hashes, word_hashes
 
 # %% ../../nbs/06_curate/records.ipynb #199bcf7d
@@ -33,7 +34,7 @@ class Record(NamedTuple):
 
 def _checked(value: Any, row: Mapping[str, Any], place: str, domain: str) -> Record:
     "A record from what a text column held."
-    if not isinstance(value, str): return Record(None, row, place, domain, f"no text but {type(value).__name__}")
+    if not isinstance(value, str): return Record(None, row, place, domain, "no text" if value is None else f"no text but {type(value).__name__}")
     if "\0" in value: return Record(None, row, place, domain, "NUL characters: not text")
     if not value.isascii():
         try: value.encode()
@@ -206,6 +207,9 @@ def text_keys(
     sums = np.concatenate([[np.uint64(0)], np.cumsum(mix(hashes + mix(place.astype(np.uint64))), dtype=np.uint64)])
     return mix(sums[offsets[1:]] - sums[offsets[:-1]] + np.diff(offsets).astype(np.uint64))
 
+def _among(values: np.ndarray, known: np.ndarray) -> np.ndarray: # sorted -> bool
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values if len(known) else np.zeros(len(values), bool)
+
 class Overlap:
     "Whether a document stands in the target: by half of its runs of eight words, or, with fewer words, as a whole."
     def __init__(self,
@@ -222,8 +226,8 @@ class Overlap:
         "Which documents overlap."
         hashes, offsets = ngram_hashes(texts, self.n)
         owners, n = np.repeat(np.arange(len(texts)), np.diff(offsets)), np.diff(offsets)
-        known = np.bincount(owners, np.isin(hashes, self.runs), len(texts))
-        return ((n > 0) & (known >= self.share * n)) | np.isin(text_keys(texts), self.keys)
+        known = np.bincount(owners, _among(hashes, self.runs), len(texts))
+        return ((n > 0) & (known >= self.share * n)) | _among(text_keys(texts), self.keys)
 
 # %% ../../nbs/06_curate/records.ipynb #a197bac1
 REASONS = ("kept", "below the line", "blank", "too long", "overlaps the target", "duplicate", "unreadable")
@@ -327,7 +331,7 @@ def _scored(scorer: Scorer, texts: list[str]) -> np.ndarray:
     return scores
 
 # %% ../../nbs/06_curate/records.ipynb #e3b85a17
-def _mark_copies(reasons: np.ndarray, keys: np.ndarray, scores: np.ndarray, duplicates: Any) -> None:
+def _mark_copies(reasons: np.ndarray, keys: np.ndarray, scores: np.ndarray, duplicates: str | SignatureIndex | None) -> None:
     "Give later copies their reason, in place."
     if duplicates is None: return
     at = np.flatnonzero(reasons == 0)
@@ -350,6 +354,12 @@ def _check_share(keep: float, by: str) -> None:
     if not 0 < keep <= 1: raise ValueError(f"keep: got {keep}, wanted a share above 0 and up to 1")
     if by not in ("documents", "characters"): raise ValueError(f"by: got {by!r}, wanted 'documents' or 'characters'")
 
+def _shown_to(duplicates: Any) -> Callable[[Sequence[str]], None] | None:
+    "Puts texts into an index of near copies. Raises ValueError for an index that is not empty, or for what is none."
+    if duplicates in (None, "exact"): return None
+    if not isinstance(duplicates, SignatureIndex) or len(duplicates): raise ValueError(f"duplicates: got {duplicates!r}, wanted 'exact', None or an empty SignatureIndex")
+    return lambda texts: duplicates.add(minhash(texts, duplicates.permutations))
+
 def joined(
     parts: Sequence[Judged], # in the order of the corpus
 ) -> Judged:
@@ -361,7 +371,7 @@ def decide(
     keep: float, # share, above 0 and up to 1
     *,
     by: Literal["documents", "characters"] = "documents", # what it is a share of
-    duplicates: Literal["exact"] | Any | None = "exact", # or NearDuplicates, which has seen all; None: keep copies
+    duplicates: Literal["exact"] | SignatureIndex | None = "exact", # or an index that was shown every text that was scored; None: keep copies
 ) -> Selection:
     "What can only be said once all is read: which are copies and where the line is. Raises ValueError for a share outside (0, 1]."
     _check_share(keep, by)
@@ -382,12 +392,12 @@ def select(
     by: Literal["documents", "characters"] = "documents", # what it is a share of
     text: str = "text", # the column that holds the text
     target: Sequence[str] | None = None, # documents that must not be selected
-    duplicates: Literal["exact"] | Any | None = "exact", # or NearDuplicates; None: keep copies
+    duplicates: Literal["exact"] | SignatureIndex | None = "exact", # or an empty index, for near copies; None: keep copies
     longest: int = 10_000_000, # characters; a longer document is left out
 ) -> Selection:
     """Choose the documents with the highest scores. Raises ValueError for a share outside (0, 1], a missing text column or a scorer that gives other than one
     number per text; what is wrong with one record is its reason."""
     _check_share(keep, by)
-    overlap, look = None if target is None else Overlap(target), getattr(duplicates, "add", None)
+    overlap, look = None if target is None else Overlap(target), _shown_to(duplicates)
     read = [judge([record.text for record in batch], scorer, overlap, longest, look) for batch in batches(as_records(records, text))]
     return decide(joined(read), keep, by=by, duplicates=duplicates)

@@ -337,7 +337,7 @@ def select(
     "Choose the part of a pile of text that is worth training on."
     report = import_module("ptbook.curate.report")
     network, encode = report.language_model(model) if model else (None, None)
-    copies = "exact" if near is None else import_module("ptbook.curate.duplicates").NearDuplicates(near)
+    copies = "exact" if near is None else import_module("ptbook.curate.duplicates").SignatureIndex(near)
     with clean_stdout(as_json), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         done = report.select_files(source, out, method, keep, target=target, by=by, text=text, duplicates=copies, model=network, encode=encode, seed=seed, progress=sys.stderr.isatty())

@@ -44,12 +44,13 @@ def alternate(
     theirs: Callable[[], object],
     repetitions: int = 8, # timings of each; even, so that each goes first equally often
     calls: int = 1, # per timing; more for what takes a few milliseconds only
+    warm: bool = True, # call each once before, untimed; not for what takes minutes
 ) -> tuple[float, float]: # seconds per call, medians: ours, theirs
     "Time two functions in turns, each going first every other time. Raises ValueError for less than one repetition or call."
     if min(repetitions, calls) < 1: raise ValueError(f"repetitions={repetitions}, calls={calls}: wanted at least 1 of each")
     both, times = (ours, theirs), ([], [])
     with undisturbed():
-        for f in both: f()
+        for f in both * warm: f()
         for turn in range(repetitions):
             for side in (0, 1) if turn % 2 == 0 else (1, 0):
                 start = time.perf_counter()
@@ -59,7 +60,7 @@ def alternate(
 
 # %% ../../nbs/13_press/bench.ipynb #add96cd3
 BENCHMARKS: dict[str, list[Callable[[int], dict]]] = {} # set -> its benchmarks
-ELSEWHERE = {name: f"ptbook.press.bench_{name}" for name in ("adapt", "distill", "merge")} # set -> the module that registers it, imported when it is asked for
+ELSEWHERE = {name: f"ptbook.press.bench_{name}" for name in ("adapt", "curate", "distill", "merge")} # set -> the module that registers it, imported when it is asked for
 
 
 class PeerMissing(RuntimeError):

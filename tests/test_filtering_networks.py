@@ -12,8 +12,8 @@ from torch import nn
 from ptbook.basics.claims import SCALES
 from ptbook.curate import filtering_networks as dfn
 from ptbook.curate.filtering_networks import (
-    CAPTIONS, WORDS, DualEncoder, Pairs, PairScorer, ProcessorInputs, as_records, clip_loss, embed, filter_by_score, filter_report,
-    filter_sets, induced, make_world, new_model, pair_loss, pair_scores, poison, read_records, right_pairs, scored, side_by_side, zero_shot)
+    CAPTIONS, WORDS, DualEncoder, Pairs, PairScorer, ProcessorInputs, pair_records, clip_loss, embed, filter_by_score, filter_report,
+    filter_sets, induced, make_world, new_model, pair_loss, pair_scores, poison, read_pairs, right_pairs, scored, side_by_side, zero_shot)
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -164,28 +164,42 @@ def test_zero_shot_averages_the_prompts_of_a_class():
 
 
 def test_the_scorer_is_exact_in_any_company():
-    scorer, records = PairScorer(new_model(0, 8), read_records), as_records(pairs())
+    scorer, records = PairScorer(new_model(0, 8), read_pairs), pair_records(pairs())
     once = scorer(records)
     assert once.dtype == np.float64 and once.shape == (50,) and scorer([]).shape == (0,)
-    for chunk in (1, 3, 50, 99): assert np.array_equal([s for _, s in scored(iter(records), scorer, chunk)], once)
+    for chunk in (1, 3, 50, 99): assert np.array_equal([s.score for s in scored(iter(records), scorer, chunk)], once)
     assert np.array_equal(pickle.loads(pickle.dumps(scorer))(records), once)
-    assert np.allclose(PairScorer(new_model(0, 8), read_records, batch=16)(records), once, atol=1e-5)
+    assert np.allclose(PairScorer(new_model(0, 8), read_pairs, batch=16)(records), once, atol=1e-5)
 
 
 def test_a_stream_is_read_no_further_than_needed():
-    read, records = [], as_records(pairs(20))
-    stream = scored((read.append(i) or r for i, r in enumerate(records)), PairScorer(new_model(0, 8), read_records), chunk=4)
-    record, score = next(stream)
-    assert read == [0, 1, 2, 3] and record is records[0] and isinstance(score, float)
+    read, records = [], pair_records(pairs(20))
+    stream = scored((read.append(i) or r for i, r in enumerate(records)), PairScorer(new_model(0, 8), read_pairs), chunk=4)
+    record, score, problem = next(stream)
+    assert read == [0, 1, 2, 3] and record is records[0] and isinstance(score, float) and not problem
     assert len(list(stream)) == 19 and list(scored([], lambda r: np.zeros(len(r)))) == []
+
+
+def test_a_damaged_record_is_told_and_no_other_is_touched():
+    scorer, records = PairScorer(new_model(0, 8), read_pairs), pair_records(pairs(20))
+    once, spoilt = scorer(records), [*records]
+    spoilt[2], spoilt[9], spoilt[19] = {**records[2], "text": None}, {**records[9], "image": None}, {**records[19], "text": "nonsense"}
+    for chunk in (1, 4, 20):
+        found = list(scored(spoilt, scorer, chunk))
+        assert [s.record for s in found] == spoilt and [i for i, s in enumerate(found) if s.problem] == [2, 9, 19]
+        assert all(math.isnan(s.score) if s.problem else s.score == once[i] for i, s in enumerate(found)) and "nonsense" in found[19].problem
+    told = list(scored(records[:2], lambda part: np.array([1.0, float("nan")])))
+    assert [bool(s.problem) for s in told] == [False, True]
+    with pytest.raises(KeyError, match="text"): list(scored([{"image": records[0]["image"]}], scorer))
+    with pytest.raises(RuntimeError): list(scored(records, PairScorer(new_model(0, 4), read_pairs))) # the network's fault, not a record's
 
 
 def test_records_come_back_as_they_were():
     data = pairs()
-    images, texts = read_records(as_records(data))
+    images, texts = read_pairs(pair_records(data))
     assert torch.equal(images, data.images) and torch.equal(texts, data.texts)
     for text in ("seven left large", "seven left large pink"):
-        with pytest.raises(ValueError, match="text"): read_records([{"image": np.zeros((8, 8)), "text": text}])
+        with pytest.raises(ValueError, match="text"): read_pairs([{"image": np.zeros((8, 8)), "text": text}])
 
 
 def test_a_processor_is_asked_for_captions_of_one_length():
@@ -207,7 +221,7 @@ def test_what_is_refused():
             (lambda: filter_by_score([0.1], 0), "keep"), (lambda: filter_by_score([0.1], 1.1), "keep"), (lambda: filter_by_score([0.1], nan), "keep"),
             (lambda: filter_report([0.1, 0.2], [True, True]), "ok"), (lambda: filter_report([0.1, 0.2], [True]), "ok"),
             (lambda: poison(data.texts, -0.1, 0.5, gen()), "fraction"), (lambda: poison(data.texts, 0.1, 2.0, gen()), "hard"), (lambda: poison(data.texts[:, :1], 0.1, 0.5, gen()), "texts"),
-            (lambda: list(scored([1], len, 0)), "chunk"), (lambda: side_by_side(lambda: model, [data], 1, batch=1), "batch of 1")):
+            (lambda: list(scored([1], len, 0)), "chunk"), (lambda: list(scored([1, 2], lambda r: np.zeros(1))), "2 records"), (lambda: PairScorer(model, read_pairs, batch=0), "batch"), (lambda: side_by_side(lambda: model, [data], 1, batch=1), "batch of 1")):
         with pytest.raises((ValueError, TypeError) if "argument" in word else ValueError, match=word): wrong()
     class Wrong(nn.Module):
         def forward(self, images, texts): return images

@@ -52,9 +52,9 @@ def test_a_source_or_target_without_mass_plays_no_part():
     C = ot.cosine_cost(ot.unit(points(12)), ot.unit(points(9, seed=1)))
     a, b = torch.full((12,), 1 / 11).double(), torch.full((9,), 1 / 8).double()
     a[3], b[5] = 0, 0
-    f, g, _ = ot.sinkhorn_potentials(C, a, b, eps=0.2, tol=1e-10)
+    f, g, _ = ot.sinkhorn_potentials(C, a, b, eps=0.2, max_iter=5000, tol=1e-7)
     rows, cols = torch.arange(12) != 3, torch.arange(9) != 5
-    f2, g2, _ = ot.sinkhorn_potentials(C[rows][:, cols], eps=0.2, tol=1e-10)
+    f2, g2, _ = ot.sinkhorn_potentials(C[rows][:, cols], eps=0.2, max_iter=5000, tol=1e-7)
     assert torch.isfinite(f).all() and torch.allclose(f[rows] - f[0], f2 - f2[0], atol=1e-6) and torch.allclose(g[cols] + f[0], g2 + f2[0], atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_selections():
 
 def test_what_the_arms_may_choose():
     w = ot.markov_world(3, as_scale("tiny"))
-    assert np.bincount(w.labels).tolist() == [600, 10, 200, 190] and w.wanted == (14, 6, 0, 0)
+    assert np.bincount(w.labels).tolist() == [700, 10, 150, 140] and w.wanted == (14, 6, 0, 0)
     picked = ot.choices(w, 3)
     assert all(len(set(p.tolist())) == 20 and p.dtype == torch.int64 for p in picked.values())
     assert np.bincount(w.labels[picked["distribution match"]], minlength=4).tolist() == [14, 6, 0, 0]

@@ -43,7 +43,7 @@ setup(
     packages=find_packages(include=["ptbook", "ptbook.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"peft": cfg["peft_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={"peft": cfg["peft_requirements"].split(), "scale": cfg["scale_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n"),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     cmdclass={"build_py": BuildBook},

@@ -20,7 +20,7 @@ MODULES = sorted(p for p in (ROOT/"ptbook").rglob("*.py") if p.name not in ("__i
 ROOMS = {
     "basics": set(), "objectives": {"basics"}, "architectures": {"basics"}, "distill": {"basics"}, "adapt": {"basics"}, "merge": {"basics"},
     "curate": {"basics"}, "continual": {"basics", "adapt", "merge"}, "search": {"basics"}, "multimodal": {"basics", "objectives"},
-    "transfer": {"basics"}, "text2text": {"basics", "objectives"}, "embodied": {"basics"}, "press": {"basics", "distill", "adapt", "merge"}} # the tour and the benchmarks show what the parts do
+    "transfer": {"basics"}, "text2text": {"basics", "objectives"}, "embodied": {"basics"}, "press": {"basics", "distill", "adapt", "merge", "curate"}} # the tour and the benchmarks show what the parts do
 
 
 def short(path: Path) -> str: return path.relative_to(ROOT).as_posix()

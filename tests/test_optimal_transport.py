@@ -98,6 +98,14 @@ def test_any_embedding_serves(texts):
     assert np.allclose(scorer(texts[0]), -ot.ot_scores(embed(texts[0]), embed(texts[1])).numpy(), atol=1e-9)
 
 
+def test_a_draw_bounds_what_is_solved_and_few_texts_will_do(texts):
+    pool, target = texts
+    scorer = ot.transport(pool, target, most=40)
+    assert scorer.n == 40 and len(scorer.target) == 40 and scorer(pool).shape == (300,)
+    assert np.array_equal(scorer(pool), ot.transport(pool, target, most=40)(pool)) and not np.array_equal(scorer(pool), ot.transport(pool, target, seed=1, most=40)(pool))
+    assert np.isfinite(ot.transport(pool[:2], target[:1])(pool)).all()
+
+
 def test_selections():
     assert ot.select(torch.tensor([2.0, 1.0, 1.0, 0.0]), 3).tolist() == [3, 1, 2]
     a = ot.select_random(50, 50, seed=3)

@@ -78,8 +78,7 @@ def sweep(
     return torch.cat(fs), -eps * total
 
 # %% ../../nbs/06_curate/optimal_transport.ipynb #550d4588
-class Solved(NamedTuple):
-    "How far Sinkhorn came."
+class Solved(NamedTuple): # how far Sinkhorn came
     error: float # mass, of 1, that the plan puts at the wrong targets; at the sources it has none
     iterations: int
     converged: bool
@@ -101,8 +100,7 @@ def sinkhorn_potentials(
 ) -> tuple[Tensor, Tensor, Solved]: # f (n,), g (m,), and how far it came
     "Dual potentials of entropic optimal transport, in the log domain; f is the c-transform of g. Warns if not converged; raises ValueError for bad costs, weights or settings."
     if isinstance(C, Tensor) and (C.ndim != 2 or not C.numel() or not torch.isfinite(C).all()): raise ValueError(f"C: got shape {tuple(C.shape)}, wanted (n, m) finite costs, at least one")
-    if not eps > 0: raise ValueError(f"eps: got {eps}, wanted more than 0")
-    if max_iter < 1: raise ValueError(f"max_iter: got {max_iter}, wanted 1 or more")
+    if not eps > 0 or max_iter < 1: raise ValueError(f"eps, max_iter: got {eps} and {max_iter}, wanted more than 0, and 1 or more")
     a, b = (_weights(name, w, n, C if isinstance(C, Tensor) else C.x) for name, w, n in zip("ab", (a, b), C.shape))
     g = torch.zeros_like(b)
     for i in range(1, max_iter + 1):
@@ -207,19 +205,22 @@ class Transport:
         return ((self.mean - torch.cat(parts)) * (self.n / (self.n - 1))).numpy() if parts else np.empty(0)
 
 def transport(
-    pool: Sequence[str], # a sample of what the model has read, or of the pool if that is like it; 2,000 are many
+    pool: Sequence[str], # a sample of what the model has read, or of the pool if that is like it
     target: Sequence[str], # texts like those it will be used on
-    k: int = 16, # dimensions of the embedding
+    k: int = 16, # dimensions of the embedding; fewer if there are fewer texts
     eps: float = 0.02, # entropy, in units of 1 - cosine
-    seed: int = 0, # of the embedding
+    seed: int = 0, # of the embedding and of what is drawn
     features: HashedNgrams = HashedNgrams(n=(1,)),
     idf: bool = True, # weigh rare n-grams up
+    most: int = 2000, # texts of either side; of more so many are drawn
     embed: Callable[[Sequence[str]], Any] | None = None, # another embedding, texts -> (n, k); None: `lsa`
     tol: float = 1e-3, # misplaced mass at which to stop
 ) -> Transport:
     "Fit a scorer: embed, solve once, keep the target's prices. Raises ValueError for fewer than two texts, no target, or bad settings."
     if len(pool) < 2 or not len(target): raise ValueError(f"pool, target: got {len(pool)} and {len(target)} texts, wanted 2 or more and 1 or more")
-    embed = embed or lsa([*pool, *target], k, features, idf, seed)
+    draw = lambda texts: texts if len(texts) <= most else [texts[i] for i in select_random(len(texts), most, seed)]
+    pool, target = draw(pool), draw(target)
+    embed = embed or lsa([*pool, *target], min(k, len(pool) + len(target)), features, idf, seed)
     x, y = unit(embed(pool), "pool"), unit(embed(target), "target")
     f, g, solved = sinkhorn_potentials(cosine_cost(x, y), eps=eps, tol=tol)
     return Transport(embed, y, g, f.mean().item(), len(f), eps, solved)
@@ -272,8 +273,7 @@ def deal(shares: Sequence[float], n: int, rng: np.random.Generator) -> np.ndarra
     return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
 # %% ../../nbs/06_curate/optimal_transport.ipynb #7ca5f9ca
-class World(NamedTuple):
-    "What an arm may see (pool, target), what the model sees (ids), and what only the oracle sees (labels)."
+class World(NamedTuple): # what an arm may see (pool, target), what the model sees (ids), and what only the oracle sees (labels)
     pool: list[str]
     target: list[str]
     labels: np.ndarray # (pool,) 0 for A, 1 for B, ...
@@ -352,7 +352,7 @@ def target_loss(model: nn.Module, w: World) -> float: # nats per word
 # %% ../../nbs/06_curate/optimal_transport.ipynb #2d27e53b
 def choices(w: World, seed: int) -> dict[str, Tensor]: # arm -> (n,) places in the pool
     "What each arm picks."
-    n, scorer = sum(w.wanted), transport(w.pool, w.target, idf=w.idf, seed=seed)
+    n, scorer = sum(w.wanted), transport(w.pool, w.target, idf=w.idf, seed=seed, most=len(w.pool))
     blind, x, y = replace(scorer, g=torch.zeros_like(scorer.g)), scorer.embed(w.pool), scorer.target
     match = np.concatenate([np.flatnonzero(w.labels == d)[:k] for d, k in enumerate(w.wanted)]) # the pool is shuffled
     return {"GOT-D": select(-scorer(w.pool), n), "no target prices": select(-blind(w.pool), n), "best single similarity": select_nn(x, y, n),

@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
            'options', 'title_of', 'chapters', 'work_folder', 'working_copy', 'lab_command', 'lab', 'RunFailed',
            'check_source', 'run', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh',
-           'readme', 'numbers', 'merge', 'is_request_error', 'exit_code', 'main']
+           'readme', 'numbers', 'select', 'merge', 'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -317,6 +318,32 @@ def numbers(
     "Numbers between commas. Raises ValueError for what is none."
     try: return None if text is None else [float(part) for part in text.split(",")]
     except ValueError: raise ValueError(f"--weights {text!r}: wanted numbers with commas between, such as 0.5,0.3,0.2") from None
+
+
+@app.command(rich_help_panel="Make", epilog="Example: ptbook select crawl/ best.parquet --method importance --target my_domain.jsonl --keep 0.1")
+def select(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A .jsonl, .jsonl.gz, .parquet or text file, or a folder of them.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A .parquet file; reasons and report are put beside it.")],
+    method: Annotated[Literal["random", "heuristics", "perplexity", "importance", "predictive", "transport"], typer.Option(help="How documents are scored.")] = "importance",
+    target: Annotated[Optional[str], typer.Option(metavar="PATH|NAME", help="Text of the kind you want: files, or a data set. It is never selected itself.")] = None,
+    keep: Annotated[float, typer.Option(help="The share that is kept, above 0 and up to 1.")] = 0.1,
+    by: Annotated[Literal["documents", "characters"], typer.Option(help="What it is a share of.")] = "documents",
+    text: Annotated[str, typer.Option(metavar="COLUMN", help="The column that holds the text.")] = "text",
+    near: Annotated[Optional[float], typer.Option(metavar="JACCARD", help="Also leave out near copies, from this similarity on, such as 0.8.")] = None,
+    model: Annotated[Optional[Path], typer.Option(help="For perplexity: the folder of a causal language model and its tokenizer.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    "Choose the part of a pile of text that is worth training on."
+    report = import_module("ptbook.curate.report")
+    network, encode = report.language_model(model) if model else (None, None)
+    copies = "exact" if near is None else import_module("ptbook.curate.duplicates").NearDuplicates(near)
+    with clean_stdout(as_json), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        done = report.select_files(source, out, method, keep, target=target, by=by, text=text, duplicates=copies, model=network, encode=encode, seed=seed, progress=sys.stderr.isatty())
+    for warning in said: note(f"ptbook: {warning.message}")
+    if as_json: print_json({"kept": str(done.kept), "reasons": str(done.reasons), "page": str(done.page), "read": len(done.selection.reasons), "counts": done.selection.counts, "line": done.selection.line})
+    else: print(done)
 
 
 @app.command(rich_help_panel="Make", epilog="Example: ptbook merge math code --base before --method ties --density 0.2 --out both")

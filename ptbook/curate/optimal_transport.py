@@ -204,6 +204,7 @@ class Transport:
         parts = [self.potentials(texts[i:i + self.chunk]) for i in range(0, len(texts), self.chunk)]
         return ((self.mean - torch.cat(parts)) * (self.n / (self.n - 1))).numpy() if parts else np.empty(0)
 
+# %% ../../nbs/06_curate/optimal_transport.ipynb #69012c3a
 def transport(
     pool: Sequence[str], # a sample of what the model has read, or of the pool if that is like it
     target: Sequence[str], # texts like those it will be used on

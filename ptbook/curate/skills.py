@@ -440,6 +440,7 @@ def domain_texts(source: str) -> dict[str, list[str]]: # label -> texts, of ever
     for row in load(source)["train"]: texts.setdefault(row[label], []).append("\n".join(row[c] for c in columns))
     return {name: texts[name] for name in sorted(texts) if len(texts[name]) >= 200}
 
+# %% ../../nbs/06_curate/skills.ipynb #3a34e9d2
 class Domains:
     "Texts of several sources for many models at once; a record is a byte and the eight before it."
     given, context = None, 8

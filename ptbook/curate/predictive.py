@@ -6,10 +6,10 @@
 __all__ = ['LENGTH', 'DOMAINS', 'LEVELS', 'windows', 'document_nll', 'predictive_strength', 'label_by_strength',
            'length_quantile_threshold', 'positives', 'learn_strength', 'predictive', 'WindowLM', 'next_token',
            'small_lm', 'Mixture', 'fit_mixtures', 'unlike_mixtures', 'clusters', 'byte_models', 'byte_blocks',
-           'bits_per_byte_of', 'predictive_for', 'World', 'chain', 'write', 'markov_world', 'news_world', 'unrelated',
-           'token_loss', 'Readers', 'read_world', 'selections', 'preselect']
+           'bits_per_byte_of', 'predictive_for', 'World', 'chain', 'write', 'markov_world', 'unrelated', 'token_loss',
+           'Readers', 'read_world', 'selections', 'preselect', 'news_world']
 
-# %% ../../nbs/06_curate/predictive.ipynb #57e1a718
+# %% ../../nbs/06_curate/predictive.ipynb #a6e1008a
 import itertools
 import warnings
 from collections import Counter
@@ -31,7 +31,7 @@ from ..basics.text import ByteTokenizer, Stream, check_ids
 from ..basics.train import fit
 from .ngrams import HashedNgramClassifier, HashedNgrams
 
-# %% ../../nbs/06_curate/predictive.ipynb #7c20be3b
+# %% ../../nbs/06_curate/predictive.ipynb #b7588c58
 def windows(
     n: int, # tokens of the document
     block: int, # most tokens the model reads at once
@@ -52,23 +52,23 @@ def document_nll(
     stride: int = 512, # of the sliding window over a longer document
     batch: int = 16, # windows per forward pass; changes memory and the last bits of the sums
 ) -> Tensor: # (documents,) float64, nats of all tokens but the first
-    "The summed loss of every document, in fp32. Raises ValueError for a document of fewer than 2 tokens, or ids that the model does not have."
+    "The summed loss of every document, in fp32. Raises ValueError for a document of fewer than 2 tokens, or ids beyond `model.config.vocab_size`."
     ids = [torch.as_tensor(doc) for doc in docs]
     if short := [i for i, doc in enumerate(ids) if len(doc) < 2]: raise ValueError(f"docs: document {short[0]} has {len(ids[short[0]])} tokens, wanted at least 2: one to read, one to predict")
     rows = sorted(((i, *w) for i, doc in enumerate(ids) for w in windows(len(doc), block, stride)), key=lambda row: row[1] - row[2])
-    total = torch.zeros(len(ids), dtype=torch.float64)
+    total, vocab_size = torch.zeros(len(ids), dtype=torch.float64), getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size and ids: check_ids(torch.cat(ids), vocab_size)
     with evaluating(model) as device:
         for part in (rows[i:i + batch] for i in range(0, len(rows), batch)):
             own, start, end, first = torch.tensor(part).T[..., None]
             x = pad_sequence([ids[i][a:b] for i, a, b, _ in part], batch_first=True).to(device) # on the right, where nothing looks
             logits = logits_of(model, x)[:, :-1].float()
-            check_ids(x, logits.shape[-1])
             place = start + 1 + torch.arange(x.shape[1] - 1)
             losses = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").cpu().double()
             total.index_add_(0, own[:, 0], losses.where((first <= place) & (place < end), 0).sum(1))
     return total
 
-# %% ../../nbs/06_curate/predictive.ipynb #1a3d9e61
+# %% ../../nbs/06_curate/predictive.ipynb #00b95f57
 def _finite(name: str, values, ndim: int) -> np.ndarray:
     "As float64. Raises ValueError for another number of axes, or NaN."
     found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
@@ -88,7 +88,7 @@ def predictive_strength(
     if not len(weak): raise ValueError(f"scores: all are {scores[0]:g}, wanted models that differ")
     return (losses[:, weak] > losses[:, strong]).mean(1)
 
-# %% ../../nbs/06_curate/predictive.ipynb #1a784879
+# %% ../../nbs/06_curate/predictive.ipynb #f02975c0
 def label_by_strength(
     strength: np.ndarray, # (documents,) as `predictive_strength`
     count: int | None = None, # take so many of the strongest; None: those that rank all pairs right
@@ -115,7 +115,7 @@ def length_quantile_threshold(
     held = np.cumsum(lengths[order]) / lengths.sum()
     return float(scores[order][min(np.searchsorted(held, keep - 1e-12), len(scores) - 1)])
 
-# %% ../../nbs/06_curate/predictive.ipynb #5ea3c92c
+# %% ../../nbs/06_curate/predictive.ipynb #d51a08f2
 def positives(
     strength: np.ndarray, # (documents,)
     fallback: float, # share of the documents
@@ -137,6 +137,7 @@ def learn_strength(
     good, bad = label_by_strength(strength, count)
     return HashedNgramClassifier(dim).fit([texts[i] for i in (*good, *bad)], [1] * len(good) + [0] * len(bad))
 
+# %% ../../nbs/06_curate/predictive.ipynb #1073cbd6
 def predictive(
     models: Sequence[nn.Module], # checkpoints
     scores: Sequence[float], # of each on the benchmark, higher is better
@@ -155,7 +156,7 @@ def predictive(
     strength = predictive_strength(torch.stack(losses, 1), scores)
     return learn_strength([texts[i] for i in read], strength, None if fallback is None else positives(strength, fallback))
 
-# %% ../../nbs/06_curate/predictive.ipynb #a07e30df
+# %% ../../nbs/06_curate/predictive.ipynb #048d289b
 class WindowLM(nn.Module):
     "The next token from the last few: their embeddings side by side, one hidden layer (Bengio et al. 2003). No attention, so that six cost what one did."
     def __init__(self,
@@ -184,7 +185,7 @@ def small_lm(vocab_size: int, seed: int, **sizes: int) -> WindowLM:
         torch.manual_seed(seed)
         return WindowLM(vocab_size, **sizes)
 
-# %% ../../nbs/06_curate/predictive.ipynb #47cb7712
+# %% ../../nbs/06_curate/predictive.ipynb #1724d34b
 class Mixture:
     "Batches from several domains: `mixture[step]` -> (batch, length), each row's domain drawn by share. Raises ValueError for shares that do not match."
     def __init__(self,
@@ -217,7 +218,7 @@ def fit_mixtures(
     batches = Beside([Mixture(rows, share, batch, seed * 1000 + i) for i, share in enumerate(shares)])
     return fit_stacked(models, next_token, batches, steps, lr=lr, schedule="cosine", warmup=0.1, weight_decay=0.1)
 
-# %% ../../nbs/06_curate/predictive.ipynb #38260cdc
+# %% ../../nbs/06_curate/predictive.ipynb #7f2a8f03
 def unlike_mixtures(
     models: int, # how many mixtures
     domains: int, # of what
@@ -229,6 +230,7 @@ def unlike_mixtures(
     amounts = np.stack([rng.permutation(np.geomspace(1, widest, models)) for _ in range(domains)], 1)
     return amounts / amounts.sum(1, keepdims=True)
 
+# %% ../../nbs/06_curate/predictive.ipynb #f7415f84
 def clusters(
     texts: Sequence[str],
     k: int, # at most
@@ -243,6 +245,7 @@ def clusters(
     narrow = TruncatedSVD(min(64, len(texts) - 1), random_state=seed).fit_transform(weighted)
     return KMeans(min(k, len(texts)), n_init=4, random_state=seed).fit(normalize(narrow)).labels_
 
+# %% ../../nbs/06_curate/predictive.ipynb #65e6fb4f
 def byte_models(
     texts: Sequence[str], # a sample of the pool, a few thousand documents
     domains: Sequence[int | str] | None = None, # one label per document; None: clusters of their words
@@ -251,6 +254,7 @@ def byte_models(
     steps: int = 200, seed: int = 0, # updates of each model
 ) -> list[nn.Module]:
     "Small byte models, each of which has read another mixture of the domains. Raises ValueError for labels that do not match."
+    if len(texts) < 2: raise ValueError(f"texts: got {len(texts)}, wanted at least two documents")
     if domains is not None and len(domains) != len(texts): raise ValueError(f"domains: got {len(domains)} for {len(texts)} documents, wanted one each")
     kinds = np.unique(clusters(texts, k, seed) if domains is None else np.asarray(domains), return_inverse=True)[1]
     rows = [byte_blocks([text for text, kind in zip(texts, kinds) if kind == d]) for d in range(kinds.max() + 1)]
@@ -261,7 +265,7 @@ def byte_blocks(texts: Sequence[str], length: int = 128) -> Tensor: # (blocks, l
     tape = torch.from_numpy(ByteTokenizer().encode("\n\n".join(texts) + "\n\n"))
     return F.pad(tape, (0, -len(tape) % length), value=10).view(-1, length)
 
-# %% ../../nbs/06_curate/predictive.ipynb #616499a3
+# %% ../../nbs/06_curate/predictive.ipynb #d30e9c9b
 def bits_per_byte_of(
     models: Sequence[nn.Module], # of bytes
     texts: Sequence[str],
@@ -288,7 +292,7 @@ def predictive_for(
     models = byte_models(pool_sample, domains, **options)
     return predictive(models, -bits_per_byte_of(models, target, length), pool_sample, cut, fallback=0.1, block=length, stride=length // 2, batch=64)
 
-# %% ../../nbs/06_curate/predictive.ipynb #932d4999
+# %% ../../nbs/06_curate/predictive.ipynb #cc05f386
 LENGTH, DOMAINS = 40, ("useful 1", "useful 2", "foreign 1", "foreign 2", "boilerplate", "noise") # tokens of a document; kinds
 LEVELS = np.linspace(0.05, 0.5, 6) # share of useful text in what each model has read
 
@@ -309,6 +313,7 @@ class World:
     def useful(self) -> np.ndarray: # (documents,) bool
         return np.array([name.startswith("useful") for name in self.kinds])[self.domain]
 
+# %% ../../nbs/06_curate/predictive.ipynb #684077dd
 def chain(rng: np.random.Generator, vocab_size: int = 96, branch: int = 6) -> np.ndarray: # (vocab, vocab) cumulated probabilities
     "A Markov chain in which every token has a few successors."
     table = np.zeros((vocab_size, vocab_size))
@@ -323,7 +328,7 @@ def write(rng: np.random.Generator, kind: np.ndarray | None, n: int, vocab_size:
     for t in range(1, LENGTH): ids[:, t] = np.minimum((rng.random((n, 1)) > kind[ids[:, t - 1]]).sum(1), vocab_size - 1)
     return torch.from_numpy(ids)
 
-# %% ../../nbs/06_curate/predictive.ipynb #d26cb617
+# %% ../../nbs/06_curate/predictive.ipynb #0240538e
 def markov_world(
     seed: int,
     docs: int = 6000, # in the pool
@@ -341,29 +346,7 @@ def markov_world(
     texts = [" ".join(f"w{i}" for i in row) for row in pool.tolist()]
     return World(pool, domain, texts, [write(rng, k, 1500) for k in kinds], shares, bench, test, 96, DOMAINS)
 
-def news_world(
-    seed: int, # also chooses the useful topic
-    docs: int = 5000, # in the pool
-) -> World:
-    "The same with AG News: one topic is useful (20 % of the pool), the three others are foreign. Tokens are the 799 commonest words, and one for all others."
-    news, rng, topic = load("ag_news"), np.random.default_rng([seed, 2503]), seed % 4
-    words = {split: [text.lower().split()[:24] for text in news[split]["text"]] for split in ("train", "test")}
-    common = {w: i + 1 for i, (w, _) in enumerate(Counter(itertools.chain(*words["train"])).most_common(799))}
-    def drawn(split: str, label: int) -> list[list[str]]:
-        own = [w for w, l in zip(words[split], news[split]["label"]) if l == label and len(w) == 24]
-        return [own[i] for i in rng.permutation(len(own))]
-    def ids(rows: list[list[str]]) -> Tensor: return torch.tensor([[common.get(w, 0) for w in row] for row in rows])
-    order = [topic, *(t for t in range(4) if t != topic)]
-    counts, train = [docs // 5, *[docs * 4 // 15] * 3], [drawn("train", t) for t in order]
-    chosen = list(itertools.chain(*(rows[:n] for rows, n in zip(train, counts))))
-    shuffled, domain = rng.permutation(len(chosen)), np.repeat(range(4), [min(n, len(r)) for r, n in zip(train, counts)])
-    others = np.stack([rng.permutation(np.linspace(1, 3, 6)) for _ in range(3)], 1)
-    shares = np.column_stack([LEVELS, others / others.sum(1, keepdims=True) * (1 - LEVELS)[:, None]])
-    held, kinds = ids(drawn("test", topic)), ("useful", *(f"foreign {i}" for i in (1, 2, 3)))
-    return World(ids(chosen)[shuffled], domain[shuffled], [" ".join(chosen[i]) for i in shuffled], [ids(rows[n:]) for rows, n in zip(train, counts)],
-                 shares, held[:150], held[150:], 800, kinds)
-
-# %% ../../nbs/06_curate/predictive.ipynb #2af6386f
+# %% ../../nbs/06_curate/predictive.ipynb #725b96a2
 def unrelated(
     scores: np.ndarray, # (models,)
     rng: np.random.Generator,
@@ -379,6 +362,7 @@ def token_loss(model: nn.Module, ids: Tensor) -> np.ndarray: # (documents,) nats
     "Of documents of one length."
     return document_nll(model, ids, 64, 32, 256).numpy() / (ids.shape[1] - 1)
 
+# %% ../../nbs/06_curate/predictive.ipynb #c0be3823
 @dataclass(frozen=True)
 class Readers:
     "Six models, and what they say of a sample of the pool."
@@ -403,22 +387,44 @@ def selections(world: World, readers: Readers, seed: int) -> dict[str, np.ndarra
     score["lowest perplexity"] = -token_loss(readers.models[int(readers.scores.argmax())], world.pool)
     return {name: np.sort(np.argsort(-s, kind="stable")[:n]) for name, s in score.items()}
 
-# %% ../../nbs/06_curate/predictive.ipynb #9a0262bd
+# %% ../../nbs/06_curate/predictive.ipynb #2c17d4ca
 @experiment("preselect", chapter="curate.predictive", metric="loss on useful text (nats per token)", sources=("ag_news",))
 def preselect(seed: int, scale: Scale, source: str | None = None) -> dict[str, float]:
     "Train a fresh model on what each arm keeps, and one on everything for 6.7 times as long."
-    docs, steps = scale.pick(tiny=600, book=None), scale.pick(tiny=15, book=300)
+    docs, steps = scale.pick(tiny=600, book=None), scale.pick(tiny=15, book=300 if source is None else 150)
     world = (markov_world if source is None else news_world)(seed, **({"docs": docs} if docs else {}))
-    kept = selections(world, read_world(world, seed, scale.pick(tiny=15, book=250)), seed)
-    fresh = small_lm(world.vocab_size, seed * 1000 + 500)
+    kept = selections(world, read_world(world, seed, scale.pick(tiny=15, book=200 if source is None else 150)), seed)
+    fresh, settings = small_lm(world.vocab_size, seed * 1000 + 500), dict(lr=3e-2 if source is None else 1e-2, schedule="cosine", warmup=0.1, weight_decay=0.1)
     batches = Beside([Stream(world.pool[rows], batch=32, seed=seed) for rows in kept.values()])
-    settings = dict(lr=3e-2, schedule="cosine", warmup=0.1, weight_decay=0.1) # the best of 1e-2, 3e-2, 1e-1 for a selection and for the whole pool, seeds from 1000
     models = dict(zip(kept, fit_stacked([fresh] * len(kept), next_token, batches, steps, **settings)))
     models["whole pool, 6.7 x steps"] = fit(fresh, next_token, Stream(world.pool, batch=32, seed=seed), round(steps / 0.15), progress=False, **settings).model
     return {name: float(token_loss(m, world.test).mean()) for name, m in models.items()}
 
-# %% ../../nbs/06_curate/predictive.ipynb #2c964318
+# %% ../../nbs/06_curate/predictive.ipynb #03978271
 claim(preselect, "PreSelect", "<", "whole pool, 6.7 x steps", primary=True)
 claim(preselect, "PreSelect", "<", "permuted scores")
 claim(preselect, "PreSelect", "<", "lowest perplexity")
 claim(preselect, "PreSelect", "<", "random");
+
+# %% ../../nbs/06_curate/predictive.ipynb #658b92f6
+def news_world(
+    seed: int, # also chooses the useful topic
+    docs: int = 5000, # in the pool
+) -> World:
+    "The same with AG News: one topic is useful (20 % of the pool), the three others are foreign. Tokens are the 799 commonest words, and one for all others."
+    news, rng, topic = load("ag_news"), np.random.default_rng([seed, 2503]), seed % 4
+    words = {split: [text.lower().split()[:24] for text in news[split]["text"]] for split in ("train", "test")}
+    common = {w: i + 1 for i, (w, _) in enumerate(Counter(itertools.chain(*words["train"])).most_common(799))}
+    def drawn(split: str, label: int) -> list[list[str]]:
+        own = [w for w, l in zip(words[split], news[split]["label"]) if l == label and len(w) == 24]
+        return [own[i] for i in rng.permutation(len(own))]
+    def ids(rows: list[list[str]]) -> Tensor: return torch.tensor([[common.get(w, 0) for w in row] for row in rows])
+    order = [topic, *(t for t in range(4) if t != topic)]
+    counts, train = [docs // 5, *[docs * 4 // 15] * 3], [drawn("train", t) for t in order]
+    chosen = list(itertools.chain(*(rows[:n] for rows, n in zip(train, counts))))
+    shuffled, domain = rng.permutation(len(chosen)), np.repeat(range(4), [min(n, len(r)) for r, n in zip(train, counts)])
+    others = np.stack([rng.permutation(np.linspace(1, 3, 6)) for _ in range(3)], 1)
+    shares = np.column_stack([LEVELS, others / others.sum(1, keepdims=True) * (1 - LEVELS)[:, None]])
+    held, kinds = ids(drawn("test", topic)), ("useful", *(f"foreign {i}" for i in (1, 2, 3)))
+    return World(ids(chosen)[shuffled], domain[shuffled], [" ".join(chosen[i]) for i in shuffled], [ids(rows[n:]) for rows, n in zip(train, counts)],
+                 shares, held[:150], held[150:], 800, kinds)

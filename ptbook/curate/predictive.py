@@ -381,8 +381,10 @@ def selections(world: World, readers: Readers, seed: int) -> dict[str, np.ndarra
     rng, docs, n = np.random.default_rng([seed, 808]), len(world.pool), round(0.15 * len(world.pool))
     true = predictive_strength(readers.losses, readers.scores)
     other = predictive_strength(readers.losses, unrelated(readers.scores, rng))
+    shuffle = np.random.default_rng([seed, 909])
+    none = np.concatenate([predictive_strength(row[None], shuffle.permutation(readers.scores)) for row in readers.losses])
     count, sample = positives(true, 0.1), world.texts[:len(true)]
-    score = {name: learn_strength(sample, s, count, 2**16)(world.texts) for name, s in (("PreSelect", true), ("permuted scores", other))}
+    score = {name: learn_strength(sample, s, count, 2**16)(world.texts) for name, s in (("PreSelect", true), ("permuted scores", other), ("no ranking", none))}
     score |= {"random": rng.random(docs), "oracle": world.useful + rng.random(docs) / 2}
     score["lowest perplexity"] = -token_loss(readers.models[int(readers.scores.argmax())], world.pool)
     return {name: np.sort(np.argsort(-s, kind="stable")[:n]) for name, s in score.items()}
@@ -403,6 +405,7 @@ def preselect(seed: int, scale: Scale, source: str | None = None) -> dict[str, f
 # %% ../../nbs/06_curate/predictive.ipynb #03978271
 claim(preselect, "PreSelect", "<", "whole pool, 6.7 x steps", primary=True)
 claim(preselect, "PreSelect", "<", "permuted scores")
+claim(preselect, "PreSelect", "<", "no ranking")
 claim(preselect, "PreSelect", "<", "lowest perplexity")
 claim(preselect, "PreSelect", "<", "random");
 

@@ -29,17 +29,21 @@ def documents(
 ) -> Iterator[str]: # made as they are asked for
     "Documents of about 1,000 characters."
     rng, kept = np.random.default_rng(seed), []
-    words = np.array(" ".join(load("library_docs")["train"]["text"]).split(), dtype=object)
-    for _ in range(n):
-        if kept and rng.random() < copies:
-            text = kept[rng.integers(len(kept))].copy()
-            changed = rng.random(len(text)) < rng.uniform(0, 0.125)
-            text[changed] = rng.choice(words, changed.sum())
-        else:
-            text = np.concatenate([words[start:start + 10] for start in rng.integers(len(words) - 10, size=14)])
-            if len(kept) < 2000: kept.append(text)
-            else: kept[rng.integers(2000)] = text
-        yield " ".join(text)[:1000]
+    words = " ".join(load("library_docs")["train"]["text"]).split()
+    phrases = [" ".join(words[i:i + 10]) for i in range(0, len(words) - 10, 10)]
+    for start in range(0, n, 1000):
+        for drawn, place, luck in zip(rng.integers(len(phrases), size=(1000, 14)).tolist(), rng.integers(2000, size=1000).tolist(), rng.random(1000)):
+            if kept and luck < copies: yield " ".join(_edited(kept[place % len(kept)].split(), words, luck / copies / 8, rng))[:1000]
+            else:
+                text = " ".join([phrases[i] for i in drawn])[:1000]
+                kept[place:place + 1] = [text] # the last two thousand, more or less
+                yield text
+            if (n := n - 1) == 0: return
+
+def _edited(text: list[str], words: list[str], share: float, rng: np.random.Generator) -> list[str]:
+    "A share of the words replaced by any others."
+    changed, other = rng.random(len(text)) < share, rng.integers(len(words), size=len(text))
+    return [words[j] if c else w for w, c, j in zip(text, changed, other)]
 
 # %% ../../nbs/13_press/bench_curate.ipynb #fd7846f4
 _WORD = re.compile(r"\w+|[^\w\s]+")

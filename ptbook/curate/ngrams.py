@@ -31,10 +31,10 @@ def _codes(text: str) -> np.ndarray: # (characters,) uint8 or uint32
 
 def _runs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # starts, ends, each (words,)
     "Where words begin and end."
-    kinds = _kinds()[codes]
+    kinds = np.frombuffer(codes.tobytes().translate(_kinds()[:256].tobytes()), np.uint8) if codes.dtype == np.uint8 else _kinds()[codes]
     edges = np.flatnonzero(np.concatenate([kinds[:1] > 0, kinds[1:] != kinds[:-1], kinds[-1:] > 0]))
-    starts, ends = edges[:-1], edges[1:]
-    return starts[kinds[starts] > 0], ends[kinds[starts] > 0]
+    inside = kinds[edges[:-1]] > 0 # the others begin a space
+    return edges[:-1][inside], edges[1:][inside]
 
 # %% ../../nbs/06_curate/ngrams.ipynb #9fc1f2bc
 _BASE = 0x9E3779B97F4A7C15 # odd
@@ -89,7 +89,8 @@ def word_hashes(
     "The words of every document as 64-bit hashes: document i has `hashes[offsets[i]:offsets[i + 1]]`, which depend on its text alone."
     made, owners, block, size = [(np.empty(0, np.uint64), np.empty(0, np.int64))], [], [], 0
     for i, text in enumerate(texts):
-        for piece in _pieces(text.lower()):
+        lowered = text.lower()
+        for piece in (lowered,) if len(lowered) < _BLOCK else _pieces(lowered):
             if block and size + len(piece) > _BLOCK: made.append(_hash_block(block)); block, size = [], 0
             block.append(piece); owners.append(i); size += len(piece) + 1
     if block: made.append(_hash_block(block))
@@ -107,10 +108,11 @@ def grams_of(
     if n == 1: return hashes, offsets
     made, inside = hashes.copy(), np.ones(len(hashes), bool)
     for k in range(1, n):
-        made[:-k] = mix(made[:-k] * np.uint64(_BASE) + hashes[k:])
+        made[:-k] *= np.uint64(_BASE)
+        made[:-k] += hashes[k:]
         last = offsets[1:] - k
         inside[last[last >= offsets[:-1]]] = False # the k-th word from the end begins no n-gram
-    return made[inside], np.concatenate([[0], np.cumsum(np.maximum(np.diff(offsets) - n + 1, 0))])
+    return mix(made[inside]), np.concatenate([[0], np.cumsum(np.maximum(np.diff(offsets) - n + 1, 0))])
 
 def ngram_hashes(
     texts: Sequence[str], # documents

@@ -78,7 +78,8 @@ def sweep(
     return torch.cat(fs), -eps * total
 
 # %% ../../nbs/06_curate/optimal_transport.ipynb #550d4588
-class Solved(NamedTuple): # how far Sinkhorn came
+class Solved(NamedTuple):
+    "How far Sinkhorn came."
     error: float # mass, of 1, that the plan puts at the wrong targets; at the sources it has none
     iterations: int
     converged: bool
@@ -252,7 +253,8 @@ def warm_up(
     return fit(copy.deepcopy(model), mixed, batches, steps, lr=lr, schedule="constant", warmup=0.0, weight_decay=0.0, progress=False).model
 
 # %% ../../nbs/06_curate/optimal_transport.ipynb #7c685305
-class Domains(NamedTuple): # random Markov chains, one per domain
+class Domains(NamedTuple):
+    "Random Markov chains, one per domain."
     own: np.ndarray # (domains, states) which word a state is
     ways: np.ndarray # (domains, states, ways) to which states it leads, each as likely
 
@@ -274,7 +276,8 @@ def deal(shares: Sequence[float], n: int, rng: np.random.Generator) -> np.ndarra
     return rng.permutation(np.repeat(np.arange(len(counts)), counts))
 
 # %% ../../nbs/06_curate/optimal_transport.ipynb #7ca5f9ca
-class World(NamedTuple): # what an arm may see (pool, target), what the model sees (ids), and what only the oracle sees (labels)
+class World(NamedTuple):
+    "What an arm may see (pool, target), what the model sees (ids), and what only the oracle sees (labels)."
     pool: list[str]
     target: list[str]
     labels: np.ndarray # (pool,) 0 for A, 1 for B, ...
@@ -287,7 +290,9 @@ class World(NamedTuple): # what an arm may see (pool, target), what the model se
     steps: int # of pre-training
     batch: int # of all training
 
-def words_of(text: str) -> list[str]: return re.findall(r"\w+|[^\w\s]+", text.lower())
+def words_of(text: str) -> list[str]:
+    "Words and signs, in lower case."
+    return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 def ids_of(texts: Sequence[str], words: dict[str, int], length: int) -> Tensor: # (n, length)
     "The known words of each text; one that is too short is begun again. Raises ValueError for a text without known words."

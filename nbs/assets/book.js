@@ -25,7 +25,7 @@ for (const block of document.querySelectorAll("div.sourceCode")) {
   block.append(button);
 }
 function reachable() {
-  for (const box of document.querySelectorAll("pre, .wide, main table, math[display=block], [style*=overflow]")) {
+  for (const box of document.querySelectorAll("pre, .wide, .formula, main table, math[display=block], [style*=overflow]")) {
     if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }

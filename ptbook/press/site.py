@@ -65,11 +65,11 @@ def render(
     out: Path, # an empty folder
 ) -> None:
     "Make the pages with pandoc and the book's template, and index them."
-    assets, kept = plan.folder/"nbs/assets", plan.folder/"_proc/kept"
+    assets = plan.folder/"nbs/assets"
     pages = [as_page(source, content) for source, content in sources.items()]
     template, titles = Template((assets/"page.html").read_text(encoding="utf-8")), {page.source: page.title for page in pages}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for page, body in zip(pages, pool.map(partial(pandoc, assets=assets, kept=kept), [page.text for page in pages])): page.body = finished(body)
+        for page, body in zip(pages, pool.map(partial(pandoc, assets=assets), [page.text for page in pages])): page.body = finished(body)
     for page in pages:
         folder = posixpath.dirname(page.source)
         write(out, {address(page.source): framed(page, plan, titles, template)} | {posixpath.join(folder, path): data for path, data in page.files.items()})

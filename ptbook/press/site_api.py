@@ -123,7 +123,7 @@ def entry(
     made_with = fields(node, said) if is_class else parameters(node, said)
     returns = (ast.unparse(node.returns), said.get(node.returns.lineno, "")) if getattr(node, "returns", None) else ("", "")
     says = textwrap.dedent(ast.get_docstring(node) or "")
-    first = re.split(r"\. (?=[A-Z`])|\n", says)[0].rstrip(".")
+    first = re.split(r"\. (?=[A-Z`])", " ".join(says.split("\n\n")[0].split()))[0].rstrip(".")
     parts = [f'<details class="api" id="{module}.{node.name}"><summary>{code(node.name)} <span>{plain(first)}</span></summary>',
              f"<pre><code>{html.escape(signature(node, made_with))}</code></pre>", *map(plain, re.split(r"\n\s*\n", says)), table(made_with, returns), methods(node, said) if is_class else "",
              f"{code(f'from {module} import {node.name}')} · [source]({place})", "</details>"]

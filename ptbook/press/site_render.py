@@ -8,7 +8,6 @@ __all__ = ['KINDS', 'Page', 'as_text', 'output_html', 'output_markdown', 'size_o
 
 # %% ../../nbs/13_press/site_render.ipynb #9680d3b9
 import base64
-import hashlib
 import html
 import posixpath
 import re
@@ -154,28 +153,22 @@ def finished(
 ) -> str: # HTML
     "A page's body with its code coloured and its headings linked."
     def block(found): return f'<div class="sourceCode"><pre class="{found[1]}"><code>{coloured(html.unescape(found[2]), found[1])}</code></pre></div>'
+    def formula(found): return f'<span class="formula">{found[0]}</span>' if len(found[1]) > 40 else found[0]
     body = re.sub(r'<pre class="(\w+)"><code>(.*?)</code></pre>', block, body, flags=re.DOTALL)
+    body = re.sub(r'<math display="inline"(?:(?!</math>).)*?<annotation encoding="application/x-tex">([^<]*)</annotation></semantics></math>', formula, body, flags=re.DOTALL)
     return re.sub(r'(<h([2-4])[^>]*? id="([^"]+)"[^>]*>)(.*?)(</h\2>)', r'\1\4 <a class="anchor" href="#\3" aria-label="Link to this section">#</a>\5', body, flags=re.DOTALL)
 
 
 def pandoc(
     text: str, # Markdown, in Quarto's dialect
     assets: Path, # holds book.lua
-    kept: Path | None = None, # a folder of what was rendered before
 ) -> str: # HTML of the body
     "Render Markdown. Raises RuntimeError with what pandoc said if it fails."
     import pypandoc
-    program, lua = pypandoc.get_pandoc_path(), assets/"book.lua"
-    options = ["--from=markdown", "--to=html5", "--mathml", "--wrap=none", "--syntax-highlighting=none"]
-    key = hashlib.sha256("\0".join([text, lua.read_text(), *options, str(Path(program).stat().st_size)]).encode()).hexdigest()
-    if kept and (kept/key).is_file(): return (kept/key).read_text(encoding="utf-8")
-    done = subprocess.run([program, *options, f"--lua-filter={lua}"], input=text.encode(), capture_output=True)
+    options = ["--from=markdown", "--to=html5", "--mathml", "--wrap=none", "--syntax-highlighting=none", f"--lua-filter={assets/'book.lua'}"]
+    done = subprocess.run([pypandoc.get_pandoc_path(), *options], input=text.encode(), capture_output=True)
     if done.returncode: raise RuntimeError(f"pandoc: {done.stderr.decode().strip()}")
-    made = done.stdout.decode()
-    if kept:
-        kept.mkdir(parents=True, exist_ok=True)
-        (kept/key).write_text(made, encoding="utf-8")
-    return made
+    return done.stdout.decode()
 
 # %% ../../nbs/13_press/site_render.ipynb #eb1ebc25
 def sections(

@@ -170,7 +170,7 @@ def test_every_page_opens(built, base, browser, size):
 
 def test_every_page_works_from_disk(built, browser):
     page, wrong = watched(browser, "desktop", "light")
-    for path in ("nbs/index.html", "nbs/05_merge/soups.html", "ledger.html"):
+    for path in ("nbs/index.html", "ledger.html", "nbs/05_merge/soups.html"):
         page.goto((built/path).as_uri())
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 252)"
         assert page.evaluate("[...document.images].filter(i => i.loading !== 'lazy' && i.complete && !i.naturalWidth).length") == 0
@@ -234,8 +234,7 @@ def test_a_widget_lives_without_a_kernel(base, browser):
     widget.scroll_into_view_if_needed()
     before = widget.screenshot()
     control = widget.locator("[data-n]").first
-    control.focus()
-    for key in ("ArrowRight", "ArrowDown"): page.keyboard.press(key) # a slider, or a menu
+    control.press({"range": "ArrowRight", "checkbox": "Space"}.get(control.get_attribute("type"), "ArrowDown"))
     page.wait_for_timeout(200)
     assert widget.screenshot() != before
     page.context.close()

@@ -13,6 +13,7 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -133,7 +134,7 @@ def entry(
 def reference(
     source: str, # of an exported cell
     module: str, # that it is exported to
-    place, # place(name) -> link to where the name is defined
+    place: Callable[[str], str], # name -> link to where it is defined
 ) -> str: # Markdown
     "The reference of every public function and class that a cell defines; empty if there is none."
     found = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not n.name.startswith("_")]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Page', 'as_text', 'output_html', 'output_markdown', 'size_of', 'cell_markdown', 'front_matter', 'as_page',
-           'kind_of', 'coloured', 'finished', 'pandoc', 'sections', 'contents', 'menu', 'framed']
+           'mark_of', 'coloured', 'finished', 'pandoc', 'sections', 'contents', 'menu', 'framed']
 
 # %% ../../nbs/13_press/site_render.ipynb #9680d3b9
 import base64
@@ -127,8 +127,8 @@ KINDS = (("Comment", "co"), ("Literal.String", "st"), ("Literal.Number", "nu"), 
 
 
 @cache
-def kind_of(
-    token, # of Pygments
+def mark_of(
+    token: tuple, # a kind of token, as Pygments has it
 ) -> str: # class of its span, "" for none
     "How a piece of code is marked."
     name = str(token).removeprefix("Token.")
@@ -144,7 +144,7 @@ def coloured(
     from pygments.util import ClassNotFound
     try: tokens = get_lexer_by_name(language, stripnl=False, ensurenl=False).get_tokens(code)
     except ClassNotFound: return html.escape(code, quote=False)
-    def mark(token, text): return f'<span class="{kind_of(token)}">{text}</span>' if kind_of(token) and text.strip() else text
+    def mark(token, text): return f'<span class="{mark_of(token)}">{text}</span>' if mark_of(token) and text.strip() else text
     return "".join(mark(token, html.escape(text, quote=False)) for token, text in tokens)
 
 # %% ../../nbs/13_press/site_render.ipynb #39d1d66d

@@ -145,6 +145,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts) and not path.is_symlink() and path.is_file(): yield path
 
+# %% ../../nbs/06_curate/records.ipynb #ebaa16b3
 @dataclass
 class Files:
     """The documents of a .jsonl, .jsonl.gz, .parquet or text file, or of all in a folder: iterate over it as often as you like.

@@ -66,6 +66,7 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.array([None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()])
     return column.cast(kind)
 
+# %% ../../nbs/06_curate/report.ipynb #d4fd03b3
 class RowWriter:
     "Writes rows of any shape to one Parquet file: `add` them, then `close`. Needs the memory of a chunk."
     def __init__(self,
@@ -161,6 +162,7 @@ METHODS: dict[str, Method] = {
     "transport": Method(_transport, "optimal-transport potential: what moves the pool towards the target", True),
 }
 
+# %% ../../nbs/06_curate/report.ipynb #e8397977
 def target_texts(
     target: str | os.PathLike, # a path, or the name of a data set
     text: str = "text", # the column of a file that holds the text
@@ -307,6 +309,7 @@ def places(
     if not out.absolute().parent.is_dir(): raise FileNotFoundError(f"out: no folder {out.absolute().parent}")
     return out, out.with_name(f"{out.stem}.reasons.parquet"), out.with_suffix(".html")
 
+# %% ../../nbs/06_curate/report.ipynb #6d6c36cb
 def select_files(
     source: str | os.PathLike, # .jsonl, .jsonl.gz, .parquet, text, or a folder of them
     out: str | os.PathLike, # a .parquet file; the report and the reasons are put beside it

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help run test lab refresh bench clean
+.PHONY: help run test lab refresh site bench clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## ?/\1\t/' | expand -t 10
@@ -26,6 +26,9 @@ refresh: .venv/.tools ## Run a chapter again and keep its outputs and results: m
 	@test -n "$(CHAPTER)" || { echo "which chapter? make refresh CHAPTER=objectives/causal" >&2; exit 2; }
 	$(BIN)/nbdev_export
 	$(BIN)/ptbook refresh $(CHAPTER)
+
+site: .venv/.tools ## Make the site: _docs/index.html
+	$(BIN)/ptbook site
 
 bench: .venv/.library ## Measure the library beside its peers
 	$(BIN)/ptbook bench all

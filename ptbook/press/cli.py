@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
            'options', 'title_of', 'chapters', 'work_folder', 'working_copy', 'lab_command', 'lab', 'RunFailed',
            'check_source', 'run', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh',
-           'readme', 'numbers', 'select', 'merge', 'is_request_error', 'exit_code', 'main']
+           'readme', 'numbers', 'select', 'merge', 'site', 'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -368,6 +368,22 @@ def merge(
     done = files.merge_files(models, out, method, numbers(weights), base, progress=sys.stderr.isatty(), **options)
     if as_json: print_json({"folder": str(done.folder), **{key: getattr(done, key) for key in ("tensors", "parameters", "files", "read", "written", "seconds")}})
     else: print(done)
+
+# %% ../../nbs/13_press/cli.ipynb #5173a9c2
+@app.command(rich_help_panel="Make", epilog="Example: ptbook site --serve")
+def site(
+    out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Where it is put. [default: as _quarto.yml says]")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Show it on this machine, with search, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="For --serve; 0 takes any that is free.")] = 8000,
+) -> None:
+    "Make the book's site from the notebooks as they are."
+    pages = import_module("ptbook.press.site")
+    folder = pages.build(out)
+    print(folder)
+    if not serve: return
+    with pages.server(folder, port=port) as shown:
+        note(f"http://127.0.0.1:{shown.server_port}/ (Ctrl-C ends it)")
+        shown.serve_forever()
 
 # %% ../../nbs/13_press/cli.ipynb #3ee7078a
 def is_request_error(

@@ -328,10 +328,10 @@ def select_files(
 ) -> Written:
     "Select documents and write them, the reasons and the report. Raises ValueError and FileNotFoundError for what cannot be meant."
     if method not in METHODS: raise ValueError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}")
-    if METHODS[method].asks and target is None: raise ValueError(f"target: {method} needs documents of the kind you want (--target)")
     if not 0 < keep <= 1: raise ValueError(f"keep: got {keep}, wanted a share above 0 and up to 1")
     paths, files = places(out), Files(source, text, progress)
     if any(path.resolve() in {p.resolve() for p in files.paths()} for path in paths): raise ValueError(f"out: {out} would be written over what is read")
+    if METHODS[method].asks and target is None: raise ValueError(f"target: {method} needs documents of the kind you want (--target)")
     wanted = None if target is None else target_texts(target, text)
     pool = sample(files, fit_on) if method not in ("random", "heuristics") else []
     scorer = METHODS[method].make(Wish(pool, wanted, model, encode or ByteTokenizer().encode, seed))

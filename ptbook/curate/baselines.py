@@ -75,11 +75,12 @@ class NgramModel:
     ):
         if n < 1: raise ValueError(f"n: got {n}, wanted 1 or more words")
         self.n, self.buckets, self.words = n, buckets, words
-        grams = [self._slots(g) for g, _ in self._orders(*word_hashes(texts))]
+        orders = self._orders(*word_hashes(texts))
+        grams = [self._slots(g) for g, _ in orders]
         if not len(grams[0]): raise ValueError(f"texts: got {len(texts)} documents without words, wanted text")
         self.count = [np.bincount(g, minlength=buckets).astype(np.float32) for g in grams]
         self.total, self.kinds = [], [] # of what follows a context
-        for k, (g, context) in enumerate(zip(grams, [np.zeros(len(grams[0]), np.int64), *self._contexts(texts)])):
+        for k, (g, context) in enumerate(zip(grams, [np.zeros(len(grams[0]), np.int64), *self._contexts(orders)])):
             self.total.append(np.bincount(context, minlength=buckets if k else 1).astype(np.float32))
             self.kinds.append(np.bincount(np.unique(context * buckets + g) // buckets, minlength=buckets if k else 1).astype(np.float32))
 
@@ -90,9 +91,8 @@ class NgramModel:
         place = np.arange(len(hashes)) - np.repeat(offsets[:-1], np.diff(offsets))
         return [(grams_of(hashes, offsets, k)[0], np.flatnonzero(place >= k - 1)) for k in range(1, self.n + 1)]
 
-    def _contexts(self, texts: Sequence[str]) -> list[np.ndarray]: # of 2 ... n words: slots of the contexts
+    def _contexts(self, orders: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]: # of 2 ... n words: slots of the contexts
         "For every n-gram, what stands before its last word."
-        orders = self._orders(*word_hashes(texts))
         return [self._slots(shorter[np.searchsorted(ends, longer - 1)]) for (shorter, ends), (_, longer) in zip(orders, orders[1:])]
 
     def log2_probabilities(self,
@@ -101,8 +101,9 @@ class NgramModel:
         "Of every word, given those before it in its document."
         hashes, offsets = word_hashes(texts)
         p = np.full(len(hashes), 1 / self.words)
-        contexts = [np.zeros(len(hashes), np.int64), *self._contexts(texts)]
-        for (grams, ends), context, count, total, kinds in zip(self._orders(hashes, offsets), contexts, self.count, self.total, self.kinds):
+        orders = self._orders(hashes, offsets)
+        contexts = [np.zeros(len(hashes), np.int64), *self._contexts(orders)]
+        for (grams, ends), context, count, total, kinds in zip(orders, contexts, self.count, self.total, self.kinds):
             seen, kinds = total[context], kinds[context]
             known = seen > 0
             times = np.minimum(count[self._slots(grams)], seen) # a shared bucket may say more

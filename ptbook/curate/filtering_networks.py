@@ -283,6 +283,7 @@ class ProcessorInputs:
         made = dict(self.processor(images=[r[self.image] for r in records], text=[r[self.text] for r in records], return_tensors="pt", padding="max_length", truncation=True))
         return made.pop("pixel_values"), made
 
+# %% ../../nbs/06_curate/filtering_networks.ipynb #19ea7eef
 class Scored(NamedTuple):
     "A record and what the scorer said."
     record: Mapping

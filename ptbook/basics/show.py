@@ -292,7 +292,7 @@ def to_widget(
     import ipywidgets as W
     drawn = isinstance(widget.frames[0], Image.Image)
     files = [png(f) if drawn else f for f in widget.frames]
-    stage = W.Image(value=files[0], format="png") if drawn else W.HTML(value=files[0])
+    stage = W.Image(value=files[0], format="png", layout={"max_width": f"{widget.frames[0].width}px"}) if drawn else W.HTML(value=files[0])
     def make(name, values):
         kind, common = kind_of(name, values), dict(description=name.replace("_", " "), style={"description_width": "initial"}, value=values[0])
         if kind == "checkbox": return W.Checkbox(indent=False, disabled=len(values) == 1, **common)

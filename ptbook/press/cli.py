@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
-           'options', 'title_of', 'chapters', 'work_folder', 'working_copy', 'lab_command', 'lab', 'RunFailed',
-           'check_source', 'run', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh',
-           'readme', 'numbers', 'select', 'merge', 'site', 'is_request_error', 'exit_code', 'main']
+           'options', 'title_of', 'chapters', 'lab', 'RunFailed', 'check_source', 'run', 'ledger_text', 'ledger',
+           'bench', 'tour', 'source_rows', 'sources', 'refresh', 'readme', 'numbers', 'select', 'merge', 'site',
+           'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -14,22 +14,19 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
-from urllib.parse import quote
 
 import typer
 import typer.core
 
 import ptbook
-from .ledger import COMPANIONS, NoChapter, UnknownName, book_folder, companions, find, fresh_results, notebook, notebooks, papers, unnumbered
+from .ledger import COMPANIONS, NoChapter, UnknownName, book_folder, companions, find, fresh_results, notebooks, papers, unnumbered
 from .ledger import ledger as read_ledger
 
 # %% ../../nbs/13_press/cli.ipynb #fc07ffd5
@@ -150,50 +147,16 @@ def chapters(as_json: Json = False) -> None:
     print(f"\n{len(rows)} notebooks; {waiting} of the {len(about)} chapters about papers are still to be written (`ptbook ledger` lists the papers)")
 
 # %% ../../nbs/13_press/cli.ipynb #4e476535
-def work_folder() -> Path:
-    "Where a reader's copies are: `work/` in the checkout, or in the current folder if there is none."
-    book = book_folder()
-    return (Path.cwd() if book.name == "_book" else book)/"work"
-
-
-def working_copy(
-    source: Path, # a notebook of the book
-) -> Path: # work/<the same address>.ipynb
-    "The reader's own copy of a notebook, made if there is none yet."
-    copy = work_folder()/source.relative_to(book_folder()/"nbs")
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
-    return copy
-
-
-def lab_command(
-    copy: Path, # the notebook to open
-    root: Path, # the folder that JupyterLab shows
-    port: int, # the first port to try
-    browser: bool, # open it there
-) -> list[str]:
-    "How JupyterLab is started: on this machine's own address only, with the token that it makes."
-    page = quote(f"/lab/tree/{copy.relative_to(root).as_posix()}")
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", f"--LabApp.default_url={page}",
-               "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}"]
-    if not browser: command.append("--no-browser")
-    if hasattr(os, "geteuid") and os.geteuid() == 0: command.append("--allow-root")
-    return command
-
-
 @app.command(rich_help_panel="Read")
 def lab(
     chapter: Annotated[Optional[str], typer.Argument(help="A chapter, a paper's slug, or 'tour'; else the opening page.")] = None,
+    edit: Annotated[bool, typer.Option("--edit", help="The book's own notebook instead, for authors.")] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The first port to try.")] = 8888,
     browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = True,
 ) -> None:
     "Open a chapter in JupyterLab, as a copy that is yours to change."
-    source = notebook(chapter or "index")
-    if not find_spec("jupyterlab"): raise RuntimeError("JupyterLab is not installed: pip install 'ptbook[dev]'")
-    copy = working_copy(source)
-    note(f"opening {copy} (delete it to start again from the book's)")
-    raise typer.Exit(subprocess.call(lab_command(copy, work_folder(), port, browser)))
+    from ptbook.press.lab import open_lab
+    raise typer.Exit(open_lab(chapter, edit, port, browser))
 
 # %% ../../nbs/13_press/cli.ipynb #ec27ed60
 class RunFailed(RuntimeError):

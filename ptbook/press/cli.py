@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
            'options', 'title_of', 'chapters', 'lab', 'RunFailed', 'check_source', 'run', 'ledger_text', 'ledger',
-           'bench', 'tour', 'source_rows', 'sources', 'refresh', 'readme', 'numbers', 'select', 'merge', 'site',
+           'bench', 'tour', 'source_rows', 'sources', 'refresh', 'readme', 'numbers', 'select', 'merge', 'new', 'site',
            'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
@@ -333,6 +333,18 @@ def merge(
     else: print(done)
 
 # %% ../../nbs/13_press/cli.ipynb #5173a9c2
+@app.command(rich_help_panel="Make", epilog="Example: ptbook new spdf --claim 'sparse then dense >= dense'")
+def new(
+    slug: Annotated[str, typer.Argument(help="A paper's slug, as `ptbook ledger` lists them.")],
+    brief: Annotated[Optional[Path], typer.Option(exists=True, dir_okay=False, help="A Markdown file with headings such as Claim, Method, Checks.")] = None,
+    claims: Annotated[Optional[list[str]], typer.Option("--claim", metavar="'A > B'", help="What is claimed of two arms; can be given several times, the first is the primary one.")] = None,
+    metric: Annotated[str, typer.Option(help="What the arms' values are, with the unit.")] = "accuracy",
+) -> None:
+    "Start a paper's chapter: a notebook that has the book's form and says nothing yet."
+    from ptbook.press.author import new as make
+    print(make(slug, brief, claims or (), metric))
+
+
 @app.command(rich_help_panel="Make", epilog="Example: ptbook site --serve")
 def site(
     out: Annotated[Optional[Path], typer.Option(file_okay=False, help="Where it is put. [default: as _quarto.yml says]")] = None,

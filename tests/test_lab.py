@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from ptbook.press import cli, lab, ledger
 
+ROOT = Path(__file__).parent.parent
 PROGRAM = [sys.executable, "-c", "from ptbook.press.cli import main; main()"]
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run --disable-quic".split()
 
@@ -92,11 +94,11 @@ def test_every_notebook_finds_its_kernel():
 
 
 @contextmanager
-def running(*args: str, home: Path):
-    "`ptbook lab` in a home of its own; yields its address without the token, the token, and where its copies are."
+def running(*args: str, home: Path, cwd: Path | None = None, **more: str):
+    "`ptbook lab` in a home of its own; yields its address, the page, and the token."
     folders = {"HOME": home, "JUPYTER_CONFIG_DIR": home/"config", "JUPYTER_DATA_DIR": home/"data", "JUPYTER_RUNTIME_DIR": home/"runtime", "IPYTHONDIR": home/"ipython"}
-    env = os.environ | {name: str(path) for name, path in folders.items()} | {"PTBOOK_SCALE": "tiny", "PTBOOK_STATIC": "0"}
-    with (home/"log").open("w") as log: server = subprocess.Popen([*PROGRAM, "lab", *args, "--no-browser"], env=env, stdout=log, stderr=log, start_new_session=True)
+    env = os.environ | {name: str(path) for name, path in folders.items()} | {"PTBOOK_SCALE": "tiny", "PTBOOK_STATIC": "0"} | more
+    with (home/"log").open("w") as log: server = subprocess.Popen([*PROGRAM, "lab", *args, "--no-browser"], env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(600):
             said = (home/"log").read_text()
@@ -176,3 +178,17 @@ def test_a_chapter_runs_in_the_browser(opened):
         page.wait_for_function("before => document.querySelector('img.widget-image, .widget-image img').src != before", arg=before, timeout=10_000)
         browser.close()
     assert not away
+
+
+def test_it_works_from_a_wheel(tmp_path):
+    "Without the repository: the notebooks travel in the wheel, the copies go to the current folder."
+    tree, installed, here = tmp_path/"tree", tmp_path/"installed", tmp_path/"here"
+    here.mkdir()
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "work", "_docs", "_proc", "build", ".*", "__pycache__", "tests"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(tree)], check=True, timeout=300)
+    with zipfile.ZipFile(next(tmp_path.glob("ptbook-*.whl"))) as wheel: wheel.extractall(installed)
+    with running("merge/soups", "--port", "9390", home=tmp_path, cwd=here, PYTHONPATH=str(installed)) as (base, page, token):
+        assert page.endswith("/tree/05_merge/soups.ipynb")
+        shown = json.load(urllib.request.urlopen(f"{base}/api/contents/05_merge/soups.ipynb?token={token}", timeout=20))
+    assert shown["content"]["cells"] and (here/"work/05_merge/soups.ipynb").read_bytes() == (ROOT/"nbs/05_merge/soups.ipynb").read_bytes()
+    assert sorted(p.name for p in here.iterdir()) == ["work"]

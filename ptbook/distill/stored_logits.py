@@ -279,6 +279,7 @@ def write_part(
     _sync(path.parent)
     return path
 
+# %% ../../nbs/03_distill/stored_logits.ipynb #b5e23f6f
 def _check_rows(rows: np.ndarray, layout: Layout, name: str, kind: type[Exception]) -> None:
     "Places that exist, probabilities that are some. Looks at a piece at a time: memory stays bounded."
     for piece in (rows[i:i + 4096] for i in range(0, len(rows), 4096)):

@@ -33,6 +33,7 @@ def base_model(
     if style == "llama": return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=11 * hidden_size // 4))
     return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=4 * hidden_size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
+# %% ../../nbs/13_press/bench_adapt.ipynb #8ebd3046
 def lora_pair(
     base: nn.Module, # its weights are left as they are
     targets: Sequence[str], # ends of layers' names
@@ -55,6 +56,7 @@ def lora_pair(
     if not apart < 0.01 * moved: raise RuntimeError(f"our logits and peft's are {apart:.1e} apart where LoRA moves them by {moved:.1e}, so their times cannot be compared")
     return ours, theirs
 
+# %% ../../nbs/13_press/bench_adapt.ipynb #1ce5f154
 def next_loss(
     model: nn.Module, # a classifier, or a language model
     ids: Tensor, # (batch, length)

@@ -46,7 +46,7 @@ def write(
         (folder/path).parent.mkdir(parents=True, exist_ok=True)
         (folder/path).write_bytes(data.encode() if isinstance(data, str) else data)
 
-
+# %% ../../nbs/13_press/site.ipynb #e3392140
 def machine_files(
     plan: Plan,
     said: dict[str, tuple[str, str]], # source -> title, sentence
@@ -76,7 +76,7 @@ def render(
     write(out, machine_files(plan, {page.source: (page.title, page.sentence) for page in pages}) | {f"assets/{name}": (assets/name).read_bytes() for name in ("content.css", "book.css", "book.js")})
     subprocess.run([sys.executable, "-m", "pagefind", "--site", str(out), "--quiet"], check=True, stdout=subprocess.DEVNULL)
 
-
+# %% ../../nbs/13_press/site.ipynb #ce92f9ba
 def quarto(
     plan: Plan,
     sources: dict[str, dict | str], # what gather() gives

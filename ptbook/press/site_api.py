@@ -34,7 +34,7 @@ def comments(
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT and t.line[:t.start[1]].strip()}
 
-
+# %% ../../nbs/13_press/site_api.ipynb #dc2ec3ff
 def parameters(
     node: ast.FunctionDef, # or an async one
     said: dict[int, str], # what `comments` found in its source
@@ -50,7 +50,7 @@ def parameters(
     return [Parameter(stars + arg.arg, text(arg.annotation), text(default), said.get(arg.lineno, "") if last[arg.lineno] is arg else "")
             for stars, arg, default in found if arg.arg not in ("self", "cls")]
 
-
+# %% ../../nbs/13_press/site_api.ipynb #cd802e45
 def fields(
     node: ast.ClassDef,
     said: dict[int, str],
@@ -90,7 +90,7 @@ def code(
     mark = "``" if "`" in text else "`"
     return f"{mark}{text}{mark}" if text else ""
 
-
+# %% ../../nbs/13_press/site_api.ipynb #ac9df69f
 def table(
     made_with: list[Parameter],
     returns: tuple[str, str] = ("", ""), # type, comment

@@ -109,7 +109,7 @@ class Plan:
     def colab(self, source: str) -> str: # where a notebook can be opened in Colab
         return self.repository(source).replace("https://github.com/", "https://colab.research.google.com/github/")
 
-
+# %% ../../nbs/13_press/site_plan.ipynb #82397669
 def read_plan(
     folder: Path | None = None, # a checkout; None: the book's
 ) -> Plan:

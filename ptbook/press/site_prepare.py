@@ -66,7 +66,7 @@ def hide_(
     "Take a cell out."
     cell.source = None
 
-
+# %% ../../nbs/13_press/site_prepare.ipynb #70482c35
 def prepared(
     plan: Plan,
     source: str, # "nbs/05_merge/soups.ipynb"

@@ -46,7 +46,7 @@ def as_text(
     "Text in one piece, without the colours of a terminal."
     return re.sub(r"\x1b\[[0-9;]*m", "", "".join(value))
 
-
+# %% ../../nbs/13_press/site_render.ipynb #02bddef1
 def output_html(
     text: str, # HTML of an output
     page: Page, # that gets its pictures
@@ -75,7 +75,7 @@ def output_markdown(
         return fenced(f'<p class="figure plate"><img src="{page.keep(picture, ending)}" alt="{html.escape(alt)}" loading="lazy"{size_of(picture)}></p>', "{=html}")
     return fenced(as_text(data.get("text/plain", "")), "{.text .printed}")
 
-
+# %% ../../nbs/13_press/site_render.ipynb #7e3987a4
 def size_of(
     picture: bytes,
 ) -> str: # ' width="720" height="420"', or nothing
@@ -204,7 +204,7 @@ def menu(
         return f'<li><details{" open" * inside}><summary>{name}</summary><ul>{overview}{"".join(map(one, entry.contents))}</ul></details></li>'
     return f"<ul>{''.join(map(one, entries))}</ul>"
 
-
+# %% ../../nbs/13_press/site_render.ipynb #c504cf7d
 def framed(
     page: Page, # with its body
     plan: Plan,

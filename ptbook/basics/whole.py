@@ -27,14 +27,14 @@ def _named(path: Path) -> None:
 # %% ../../nbs/00_basics/whole.ipynb #e14ef6d3
 HOST = os.uname().nodename.encode()
 SILENCE = 86_400 # seconds without a change, after which another machine's draft counts as left over
-MOST = 50 # drafts that are looked at in one call
+MOST = 50 # drafts that a writer looks at before it begins
 
 def _begun(path: Path) -> tuple[Path, int]: # a folder; its lock, to be closed
     "A hidden folder beside a path, with a lock that lasts as long as this process."
     while True:
         place = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.draft")
         place.mkdir(mode=0o700)
-        try: lock = os.open(place/"writer", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try: lock = os.open(place/"writer", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666) # it also shows which permissions a new file gets here
         except FileNotFoundError: continue # swept while it was still empty
         with suppress(OSError): fcntl.flock(lock, fcntl.LOCK_EX) # on a disk without locks, others wait for the silence
         os.write(lock, HOST) # after the lock, so that a free one with our name belongs to nobody
@@ -57,11 +57,13 @@ def _left_over(place: Path, lock: int) -> bool:
     return known or time.time() - max(p.lstat().st_mtime for p in (place, *place.rglob("*"))) > SILENCE
 
 def sweep(
-    folder: Path, # one in which files or folders were written whole
+    folder: str | Path, # one in which files or folders were written whole, or none
+    most: int | None = None, # drafts that are looked at; None: all
 ) -> None:
-    "Remove what killed writers left in it. Those that are alive are not disturbed."
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        found = list(itertools.islice((Path(e) for e in entries if e.name.startswith(".") and e.name.endswith(".draft")), MOST))
+    "Remove what killed writers left in a folder. Those that are alive are not disturbed."
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        found += itertools.islice((Path(e) for e in entries if e.name.startswith(".") and e.name.endswith(".draft")), most)
     for place in found:
         with suppress(OSError): # not ours to remove, or somebody else was quicker
             if not (place/"writer").exists(): place.rmdir() # only if it is empty: its writer was killed as it began
@@ -74,7 +76,7 @@ def sweep(
 def _draft(path: Path) -> Iterator[Path]: # a folder with an empty folder `new`
     "A draft for a path; it goes when the work is done or fails."
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    sweep(path.parent, MOST)
     place, lock = _begun(path)
     try: yield place
     finally:
@@ -94,7 +96,7 @@ def whole_files(
         places = [drafts.enter_context(_draft(path))/"new"/path.name for path in paths]
         yield places
         for place, path in zip(places, paths):
-            if path.is_file() and not path.is_symlink(): shutil.copymode(path, place)
+            shutil.copymode(path if path.is_file() and not path.is_symlink() else place.parent.parent/"writer", place)
             synced(place)
         for place, path in zip(places, paths): os.replace(place, path)
         for path in paths: _named(path)
@@ -131,7 +133,7 @@ def whole_folder(
 ) -> Iterator[Path]: # an empty folder to fill
     "A place to fill. It becomes the path, with all that is in it, or nothing does. Raises FileExistsError for a path that is there, unless it is a folder and may be overwritten."
     path = Path(path)
-    sweep(path.parent) # first: an exchange that broke off may be completed by it
+    sweep(path.parent, MOST) # first: an exchange that broke off may be completed by it
     if os.path.lexists(path) and not (overwrite and path.is_dir() and not path.is_symlink()):
         raise FileExistsError(f"{path} is there already" if not overwrite else f"{path} is there and is no folder")
     with _draft(path) as draft:
@@ -139,7 +141,10 @@ def whole_folder(
         place.mkdir()
         yield place
         for folder, _, files in os.walk(place, topdown=False):
-            for name in files: synced(Path(folder, name))
+            for file in (Path(folder, name) for name in files):
+                if file.is_symlink(): continue
+                file.chmod(file.stat().st_mode & 0o777 | (draft/"writer").stat().st_mode & 0o777)
+                synced(file)
             with suppress(OSError): synced(Path(folder))
         if overwrite and path.is_dir():
             shutil.copymode(path, place)

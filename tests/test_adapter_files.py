@@ -95,9 +95,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="overwrite"): save(model, tmp_path/"a")
     (tmp_path/"b").mkdir()
     with pytest.raises(FileExistsError, match="no adapter"): save(model, tmp_path/"b", overwrite=True)
-    import ptbook.adapt.adapter_files as module
     def full(*_): raise OSError("no space left")
-    monkeypatch.setattr(module.os, "replace", full)
+    for name in ("os.rename", "ptbook.basics.whole._exchanged"): monkeypatch.setattr(name, full)
     with pytest.raises(OSError, match="no space"): save(model, tmp_path/"c")
     with pytest.raises(OSError, match="no space"): save(model, tmp_path/"a", overwrite=True)
     monkeypatch.undo()

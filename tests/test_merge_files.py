@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from ptbook.basics.whole import HOST
 from ptbook.merge import files
 from ptbook.merge.files import merge_files
 from ptbook.merge.folders import LIMIT, MergeError, tensors_of
@@ -250,11 +251,12 @@ def test_a_killed_merge_leaves_the_old_or_the_new(tmp_path):
 def test_a_killed_exchange_is_mended(tmp_path):
     one = plain(tmp_path/"one", {"w": torch.ones(2)})
     quiet([one], tmp_path/"out")
-    (tmp_path/"out").rename(tmp_path/".out.4194999.old")  # killed between the two renamings
-    with pytest.raises(MergeError): quiet([one, tmp_path/"nowhere"], tmp_path/"out")
-    with pytest.raises(MergeError, match="already"):
-        quiet([one], tmp_path/"out")
-        quiet([one], tmp_path/"out")
+    draft = tmp_path/".out.0123abcd.draft"  # killed between the two renamings, where there is no exchange in one
+    (draft/"new").mkdir(parents=True)
+    (draft/"writer").write_bytes(HOST)
+    shutil.copytree(tmp_path/"out", draft/"new/out")
+    (tmp_path/"out").rename(draft/"old")
+    with pytest.raises(MergeError, match="already"): quiet([one], tmp_path/"out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "out"]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from ptbook.curate import report
 from ptbook.curate.records import REASONS, Files, Record
-from ptbook.curate.report import RowWriter, drafts, sample, select_files
+from ptbook.curate.report import RowWriter, sample, select_files
 
 
 def pool(folder: Path, shards: int = 6, rows: int = 120) -> Path:
@@ -107,28 +107,3 @@ def test_a_sample_is_fair_and_repeatable():
     assert drawn == sample(random.Random(0).sample(stream, len(stream)), 300) and len(set(drawn)) == 300
     assert set(sample(stream, 100)) < set(drawn) and len(sample(stream, 10_000)) == 3000
     with pytest.raises(ValueError, match="no text"): sample([Record(" ")], 5)
-
-
-def test_a_draft_that_fails_leaves_nothing(tmp_path):
-    (tmp_path/"a").write_text("old")
-    with pytest.raises(RuntimeError), drafts(tmp_path/"a", tmp_path/"b") as (a, b):
-        a.write_text("new"), b.write_text("new")
-        raise RuntimeError
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old"}
-
-
-def test_killed_at_any_moment_the_old_or_the_new(tmp_path):
-    pool(tmp_path/"pool", shards=3, rows=60)
-    program = f"from ptbook.curate.report import select_files; import sys; print('go', flush=True); [select_files({str(tmp_path/'pool')!r}, {str(tmp_path/'kept.parquet')!r}, 'random', keep=0.5, seed=s) for s in range(100)]"
-    wanted = {}
-    for seed in range(2): wanted[seed] = pq.read_table(quiet(tmp_path/"pool", tmp_path/f"w{seed}.parquet", "random", keep=0.5, seed=seed).kept).num_rows
-    for moment in (0.05, 0.4, 0.9):
-        worker = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        worker.stdout.readline()
-        time.sleep(moment)
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        for name in ("kept.parquet", "kept.reasons.parquet"):
-            if (tmp_path/name).exists(): assert pq.read_table(tmp_path/name).num_rows in (wanted[0], 181)
-    quiet(tmp_path/"pool", tmp_path/"kept.parquet", "random", keep=0.5)
-    assert pq.read_table(tmp_path/"kept.parquet").num_rows == wanted[0] and pq.read_table(tmp_path/"kept.reasons.parquet").num_rows == 181

@@ -7,7 +7,7 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'ELSEWHERE', 'tensors_of', 'config_of'
            'method_of', 'names_of', 'read_into', 'load']
 
 # %% ../../nbs/04_adapt/adapter_files.ipynb #569fd631
-import importlib, json, os, shutil, tempfile
+import importlib, json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..basics.whole import whole_folder
 from .adapters import Method, adapt, attached, drop, linears, parts, remove, within
 
 # %% ../../nbs/04_adapt/adapter_files.ipynb #773c7bf9
@@ -57,15 +58,9 @@ def save(
     "Save one adapter, without its base. Raises KeyError for an unknown adapter, FileExistsError for a folder that is there, unless it is to be replaced and holds an adapter."
     folder, tensors = Path(folder), {key: t.detach().cpu().contiguous() for key, t in tensors_of(model, name).items()}
     if folder.exists() and not (overwrite and (folder / CONFIG).is_file()): raise FileExistsError(f"{folder} is there" + (" and holds no adapter" if overwrite else "; overwrite=True replaces it"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder, overwrite) as draft:
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
         (draft / CONFIG).write_text(json.dumps(config_of(model, name, base_name), indent=1), "utf-8")
-        draft.chmod(0o755)
-        if folder.exists(): os.replace(folder, old := draft.with_name(f"{draft.name}.old")), os.replace(draft, folder), shutil.rmtree(old)
-        else: os.replace(draft, folder)
-    finally: shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 # %% ../../nbs/04_adapt/adapter_files.ipynb #c6908de7

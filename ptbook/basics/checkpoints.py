@@ -8,7 +8,7 @@ __all__ = ['Batches', 'reseed', 'weights', 'first_difference', 'load_weights', '
            'find_checkpoint', 'open_folder', 'Keeper']
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #44f8581e
-import hashlib, json, os, shutil, signal, sys, tempfile, threading
+import hashlib, json, os, signal, sys, tempfile, threading
 from pathlib import Path
 from typing import Any, Callable
 
@@ -19,6 +19,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .whole import discard, sweep, whole_folder
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #fa700252
 class Batches:
@@ -112,18 +114,6 @@ class CheckpointError(OSError):
     "A checkpoint could not be written; the message names the step and the last good one."
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #ba342689
-def _sync(path: Path):
-    "Have the operating system bring a file or folder to the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-def _discard(path: Path):
-    "Remove a folder, never leaving half of it under its own name."
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "The tensors with memory of their own, as safetensors wants them."
     seen, apart = set(), {}
@@ -143,20 +133,14 @@ def write_checkpoint(
 ) -> Path: # step-000100
     "Write a checkpoint that is complete or absent. Raises `CheckpointError`."
     final = folder / f"step-{step:06d}"
-    hidden = folder / f".{final.name}.tmp"
     try:
-        hidden.mkdir()
-        for name, group in tensors.items(): save_file(_apart(group), hidden / name)
-        (hidden / "state.json").write_text(json.dumps(state))
-        for file in hidden.iterdir(): _sync(file)
-        _sync(hidden)
-        hidden.rename(final)
-        _sync(folder)
+        if not folder.is_dir(): raise FileNotFoundError("there is no such folder")
+        with whole_folder(final) as draft:
+            for name, group in tensors.items(): save_file(_apart(group), draft / name)
+            (draft / "state.json").write_text(json.dumps(state))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"step {step}: no checkpoint could be written to {folder} ({error}); {last_good(folder)}") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]: _discard(old)
+    for old in checkpoints(folder)[:-keep]: discard(old)
     return final
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #9ffd52ef
@@ -229,7 +213,7 @@ def open_folder(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise ValueError(f"folder={str(folder)!r}: wanted a folder that can be written ({error})") from error
-    for stray in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]: shutil.rmtree(stray)
+    sweep(folder)
     return folder
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #5d9f5673

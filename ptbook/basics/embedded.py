@@ -29,6 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .whole import whole_file
+
 # %% ../../nbs/00_basics/embedded.ipynb #905784dd
 def _table(
     columns: dict[str, list], # column -> values, one of them "split"
@@ -244,14 +246,9 @@ def _cache_path(build: Callable, packages: tuple[str, ...]) -> Path:
 
 def _keep(table: pa.Table, path: Path) -> None:
     "Write a table so that `path` is either whole or absent. A folder that cannot be written is a warning."
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, draft, compression="zstd")
-        os.replace(draft, path)
+        with whole_file(path) as draft: pq.write_table(table, draft, compression="zstd")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         warnings.warn(f"{path} could not be written ({error}): it will be built again next time")
 
 

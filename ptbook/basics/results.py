@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
+from .whole import sweep, whole_file
+
 # %% ../../nbs/00_basics/results.ipynb #b2c9a22d
 def versions() -> dict[str, str]: # library -> version
     "Python, and those of the book's main libraries that are loaded."
@@ -121,14 +123,8 @@ def write_json(
     record: dict, # numbers must be finite
 ) -> None:
     "Write in one step: whatever goes wrong, `path` holds what it held before. Raises ValueError for nan and infinity."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as f:
-            f.write(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-            f.flush(), os.fsync(f.fileno())
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
+    text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with whole_file(path) as draft: draft.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/00_basics/results.ipynb #2559e3c8
 def kept_seeds(
@@ -147,6 +143,7 @@ def forget_seeds(
     seeds: Sequence[int],
 ) -> None:
     "Remove what `kept_seeds` would find, and the folders if nothing else is in them."
+    sweep(where)
     for s in seeds: (where / f"seed-{s}.json").unlink(missing_ok=True)
     for folder in (where, where.parent):
         if not any(folder.iterdir()): folder.rmdir()

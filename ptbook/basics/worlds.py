@@ -25,6 +25,7 @@ from .results import code_hash
 from .sources import load
 from .text import Stream
 from .train import fit
+from .whole import whole_file
 
 # %% ../../nbs/00_basics/worlds.ipynb #3fc68721
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijlmnqrty"
@@ -124,11 +125,8 @@ def pretrained(
             load("glyphs") # what it learnt from travels with every result
             return model.eval()
     fit(model, classify, Views(*letters(), batch=64, seed=seed), steps, lr=3e-3, weight_decay=0.05, seed=seed, progress=False)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), draft)
-        os.replace(draft, path)
+        with whole_file(path) as draft: save_file(model.state_dict(), draft)
     except OSError as error: warnings.warn(f"{path} could not be written ({error}): it will be made again next time")
     return model.eval()
 

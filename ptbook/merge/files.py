@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['local', 'HEAVY', 'PART', 'entries', 'blocks', 'Plan', 'lay_out', 'culprit', 'merge_part', 'find_cut', 'merge_all',
-           'synced', 'alive', 'sweep', 'appear', 'Merged', 'check_place', 'config_of', 'cores', 'merge_files']
+           'Merged', 'check_place', 'config_of', 'cores', 'merge_files']
 
 # %% ../../nbs/05_merge/files.ipynb #5e454e65
 import json, os, shutil, struct, threading, time
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..basics.whole import sweep, whole_folder
 from .folders import CARRIED, CODES, MergeError, Slot, check_alike, inside, read_json, tensors_of
 from .methods import BLOCK, Recipe, cut, deltas, wide
 
@@ -168,44 +169,6 @@ def merge_all(
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
-# %% ../../nbs/05_merge/files.ipynb #4abc2fbb
-def synced(path: Path) -> None:
-    "Have the operating system bring a file or folder to the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
-
-def alive(pid: str) -> bool: # False if it is no process, or ours and left over
-    "Whether a process exists."
-    try: os.kill(int(pid), 0)
-    except PermissionError: return True
-    except (OSError, ValueError): return False
-    return int(pid) != os.getpid()
-
-
-def sweep(out: Path) -> None:
-    "Clear away, beside the target, what killed merges left; mend an exchange that was killed half-way."
-    for stray in [*out.parent.glob(f".{out.name}.*.merging"), *out.parent.glob(f".{out.name}.*.old")]:
-        if alive(stray.name.split(".")[-2]): continue
-        if stray.suffix == ".old" and not os.path.lexists(out): stray.rename(out)
-        else: shutil.rmtree(stray)
-
-
-def appear(
-    hidden: Path, # complete
-    out: Path, # its name from now on
-    overwrite: bool, # there may be a folder of that name
-) -> None:
-    "Give a finished folder its name. What was there before goes in the same moment."
-    for path in hidden.iterdir(): synced(path)
-    synced(hidden)
-    old = hidden.with_suffix(".old")
-    if overwrite and out.exists(): out.rename(old)
-    hidden.rename(out)
-    synced(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
 # %% ../../nbs/05_merge/files.ipynb #6d9e804f
 @dataclass(frozen=True)
 class Merged:
@@ -271,31 +234,29 @@ def merge_files(
     if recipe.needs_base and base is None: raise MergeError(f"base=None: {method} merges changes, and needs the model that they are changes of")
     if dtype not in (None, "float32", "bfloat16", "float16"): raise MergeError(f"dtype={dtype!r}: wanted float32, bfloat16 or float16")
     everyone = folders + ([Path(base)] if base is not None else [])
-    sweep(out)
+    sweep(out.parent)
     check_place(out, everyone, overwrite)
     models, kind = [tensors_of(folder) for folder in everyone], getattr(torch, dtype) if dtype else None
     for folder, tensors in zip(everyone[1:], models[1:]): check_alike(everyone[0], folder, models[0], tensors)
-    home, hidden = everyone[-1] if base is not None else everyone[0], out.with_name(f".{out.name}.{os.getpid()}.merging")
+    home = everyone[-1] if base is not None else everyone[0]
     try:
-        hidden.mkdir(parents=True)
-        places, headers = lay_out(models[0], hidden, kind)
-        plan = Plan(recipe, models[:len(folders)], models[-1] if recipe.needs_base else None, places, headers)
-        sizes = {file: max([len(h), *(s.at + s.count * s.dtype.itemsize for s in places.values() if s.file == file)]) for file, h in headers.items()}
-        free = shutil.disk_usage(hidden).free
-        if sum(sizes.values()) > free: raise MergeError(f"{out} needs {sum(sizes.values()):,} bytes, and the disk has {free:,}")
-        for file, header in headers.items():
-            file.write_bytes(header)
-            os.truncate(file, sizes[file])
-        merge_all(plan, threads or cores(), progress)
-        if "model.safetensors" not in {file.name for file in headers}:
-            index = {"metadata": {"total_size": sum(s.count * s.dtype.itemsize for s in places.values())}, "weight_map": {n: s.file.name for n, s in places.items()}}
-            (hidden / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (hidden / "config.json").write_text(config_of(home, places), encoding="utf-8")
-        for name in CARRIED:
-            source = next((f for f in (home, everyone[0]) if (f / name).exists()), None)
-            if source: shutil.copyfile(inside(source, name), hidden / name)
-        appear(hidden, out, overwrite)
+        with whole_folder(out, overwrite) as draft:
+            places, headers = lay_out(models[0], draft, kind)
+            plan = Plan(recipe, models[:len(folders)], models[-1] if recipe.needs_base else None, places, headers)
+            sizes = {file: max([len(h), *(s.at + s.count * s.dtype.itemsize for s in places.values() if s.file == file)]) for file, h in headers.items()}
+            free = shutil.disk_usage(draft).free
+            if sum(sizes.values()) > free: raise MergeError(f"{out} needs {sum(sizes.values()):,} bytes, and the disk has {free:,}")
+            for file, header in headers.items():
+                file.write_bytes(header)
+                os.truncate(file, sizes[file])
+            merge_all(plan, threads or cores(), progress)
+            if "model.safetensors" not in {file.name for file in headers}:
+                index = {"metadata": {"total_size": sum(s.count * s.dtype.itemsize for s in places.values())}, "weight_map": {n: s.file.name for n, s in places.items()}}
+                (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (draft / "config.json").write_text(config_of(home, places), encoding="utf-8")
+            for name in CARRIED:
+                source = next((f for f in (home, everyone[0]) if (f / name).exists()), None)
+                if source: shutil.copyfile(inside(source, name), draft / name)
     except OSError as error: raise MergeError(f"{out} could not be written: {error}") from error
-    finally: shutil.rmtree(hidden, ignore_errors=True)
     read_bytes = sum(s.count * s.dtype.itemsize for model in [*plan.models, *([plan.base] if plan.base else [])] for s in model.values())
     return Merged(out, recipe, len(places), sum(s.count for s in places.values()), len(headers), read_bytes, sum(sizes.values()), time.perf_counter() - begun)

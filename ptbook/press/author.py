@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from configparser import ConfigParser
 from pathlib import Path
 
+from ..basics.whole import whole_files
 from .ledger import COMPANIONS, PARTS, Paper, book_folder, module_of, paper_of, papers
-from .refresh import directives, replace_file
+from .refresh import directives
 
 # %% ../../nbs/13_press/author.ipynb #f8ec4d9f
 SECTIONS = ("The idea", "Build it", "Does it work?", "Play", "For real", "What did not carry over", "Exercises", "What was learned")
@@ -209,8 +210,8 @@ def new(
     if path.exists(): raise FileExistsError(f"{path} is there already")
     made = skeleton(about, settings, read_brief(brief.read_text(encoding="utf-8")) if brief else {}, [parse_claim(c) for c in claims] or [("technique", ">", "control")], metric)
     site = listed((book/"_quarto.yml").read_text(encoding="utf-8"), paper.chapter)
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, (json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
-    replace_file(book/"_quarto.yml", site.encode())
+    with whole_files(path, book/"_quarto.yml") as (notebook, plan):
+        notebook.write_text(json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        plan.write_text(site, encoding="utf-8")
     subprocess.run([str(Path(sys.executable).with_name("nbdev_export"))], cwd=book, check=True)
     return path

@@ -10,6 +10,7 @@ __all__ = ['DEFAULTS', 'TABLE_OF_CONTENTS', 'LAYOUT', 'work_folder', 'fingerprin
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
+from ..basics.whole import whole_file
 from .ledger import book_folder, notebook, notebooks
-from .refresh import replace_file
 
 # %% ../../nbs/13_press/lab.ipynb #49795a20
 def work_folder() -> Path:
@@ -54,12 +55,10 @@ def bring_copies(
             if known.get(address) != new: done[address] = "behind"
             continue
         if held != new:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(copy, source.read_bytes())
+            with whole_file(copy) as draft: shutil.copyfile(source, draft)
             done[address] = "brought"
         known[address] = new
-    (work/".lab").mkdir(parents=True, exist_ok=True)
-    replace_file(work/".lab/copies.json", json.dumps(known, indent=1).encode())
+    with whole_file(work/".lab/copies.json") as draft: draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
     return done
 
 # %% ../../nbs/13_press/lab.ipynb #3517c4c4
@@ -88,8 +87,7 @@ def lab_files(
     from jupyterlab_server.workspaces_handler import WorkspacesManager
     home, layouts = work/".lab", WorkspacesManager(str(work/".lab/workspaces"))
     defaults = home/"config/labconfig/default_setting_overrides.json"
-    defaults.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(defaults, json.dumps(DEFAULTS).encode())
+    with whole_file(defaults) as draft: draft.write_text(json.dumps(DEFAULTS), encoding="utf-8")
     try: kept = layouts.load(workspace)["data"]
     except (OSError, ValueError, KeyError): kept = {}
     if not kept: # afterwards it is as the reader left it

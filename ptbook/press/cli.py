@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
            'options', 'title_of', 'chapters', 'work_folder', 'working_copy', 'lab_command', 'lab', 'RunFailed',
-           'check_source', 'run', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh',
-           'readme', 'numbers', 'select', 'merge', 'site', 'is_request_error', 'exit_code', 'main']
+           'check_source', 'run', 'config', 'ledger_text', 'ledger', 'bench', 'tour', 'source_rows', 'sources',
+           'refresh', 'readme', 'numbers', 'select', 'merge', 'site', 'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -228,8 +228,18 @@ def run(
         check_source(source, experiment.sources, slug)
         try: report = claims.run(experiment, scale=scale, seeds=chosen, source=source, jobs=jobs)
         except ValueError as error: raise RunFailed(str(error)) from error
+    if claims.world()[0]: return # under a launcher the first process speaks
     if as_json: print_json(report.to_dict())
     else: print(report)
+
+
+@app.command(rich_help_panel="Measure", epilog='Example: accelerate launch --config_file "$(ptbook config fsdp)" --num_processes 4 --no_python ptbook run qwen25 --scale full')
+def config(
+    name: Annotated[str, typer.Argument(help="ddp: every process holds the whole model; fsdp: each a share of it.")],
+) -> None:
+    "Print where the file is that `accelerate launch` needs for several processes."
+    from ptbook.basics.processes import config as file
+    print(file(name))
 
 # %% ../../nbs/13_press/cli.ipynb #8c408b39
 def ledger_text(

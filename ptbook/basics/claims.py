@@ -293,7 +293,8 @@ def _agreed(value: Any) -> Any:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    PartialState(cpu=not torch.accelerator.is_available())
+    from ptbook.basics.processes import join
+    join(), PartialState(cpu=not torch.accelerator.is_available())
     return broadcast_object_list([value])[0]
 
 def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, source, jobs: int, progress: bool, where: Path | None):

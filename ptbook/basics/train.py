@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import Batches, CheckpointError, Keeper, StopSignals, _on_all, digest, held, in_shards, last_good, reseed
-from .processes import dealt, gather_into, reshard, sharded, sharding
+from .processes import dealt, gather_into, join, reshard, sharded, sharding
 
 # %% ../../nbs/00_basics/train.ipynb #9b414eab
 def _want(ok: bool, name: str, got: Any, wanted: str):
@@ -231,6 +231,7 @@ def _accelerator(precision: str, trackers: Any, folder: Any) -> Accelerator:
     names = trackers if isinstance(trackers, (list, tuple)) else [trackers] if trackers else []
     have = [str(getattr(t, "value", t)) for t in get_available_trackers()]
     for t in names: _want(isinstance(t, GeneralTracker) or t in have or t == "all", "trackers", t, f"a GeneralTracker or one that is installed: {', '.join(have) or 'none is'}")
+    join()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, log_with=names or None, project_dir=folder)
     kind = accelerator.distributed_type.value

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPERATORS', 'SCALES', 'Verdict', 'interval', 'verdict', 'Scale', 'as_scale', 'parse_seeds', 'Claim', 'Experiment',
-           'experiment', 'claim', 'run']
+           'experiment', 'claim', 'world', 'run']
 
 # %% ../../nbs/00_basics/claims.ipynb #79c2ef2e
 import functools
@@ -21,6 +21,7 @@ from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -274,17 +275,41 @@ def _jobs(jobs: int | None) -> int:
     if number < 1: raise ValueError(f"jobs: got {given!r}, wanted a whole number of processes, at least 1")
     return number
 
+def world() -> tuple[int, int]: # this process's number, how many a launcher (torchrun, `accelerate launch`) has started
+    "What the launcher wrote into the environment; (0, 1) without one."
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys() else (0, 1)
+
+def _together(task: Callable[[int], dict], seeds: Sequence[int]) -> Iterator[dict]:
+    "Every seed's outcome, one seed after the other, all processes at work on each. A seed that fails in one process ends it, so that the launcher ends the others, who may be waiting for it."
+    from ptbook.basics.processes import shared_batches
+    with shared_batches():
+        for seed in seeds:
+            yield (outcome := task(seed))
+            if "error" in outcome: return
+
+def _agreed(value: Any) -> Any:
+    "Under a launcher the first process's value, in all of them."
+    if world()[1] == 1: return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from ptbook.basics.processes import join
+    join(), PartialState(cpu=not torch.accelerator.is_available())
+    return broadcast_object_list([value])[0]
+
 def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, source, jobs: int, progress: bool, where: Path | None):
     "Run the seeds not yet in `found`. Raises SeedFailed, or ValueError for a value that is none, when all the others are done."
     from tqdm.auto import tqdm
+    rank, processes = world()
     env = {k: v for k, v in os.environ.items() if k.startswith("PTBOOK_")}
     task = functools.partial(_run_seed, exp, scale=scale, source=source, env=env)
-    failed, quiet = {}, {} if progress else {"disable": True}
+    failed, quiet = {}, {} if progress and not rank else {"disable": True}
     with tqdm(total=len(seeds), initial=len(found), desc=exp.slug, unit="seed", leave=False, **quiet) as bar:
-        for outcome in _outcomes([s for s in seeds if s not in found], task, jobs):
+        waiting = [s for s in seeds if s not in found]
+        for outcome in _together(task, waiting) if processes > 1 else _outcomes(waiting, task, jobs):
             seed, good = outcome["seed"], "values" in outcome
             (found if good else failed)[seed] = outcome
-            if good and where: write_json(where / f"seed-{seed}.json", outcome)
+            if good and where and not rank: write_json(where / f"seed-{seed}.json", outcome)
             bar.update()
     errors = {s: o["error"] for s, o in sorted(failed.items()) if "error" in o}
     if errors: raise SeedFailed(exp.slug, errors, sorted(found), where)
@@ -311,12 +336,14 @@ def run(
     place = Path(asked or results_folder(writing=True)) if asked or module_source(exp.chapter) else None
     where = place / ".partial" / f"{name}.{code}" if place and code else None
     if where: where.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found now, not after the work
-    found = kept_seeds(where, seeds)
+    found, (rank, processes) = _agreed(kept_seeds(where, seeds)), world()
     started -= sum(o["seconds"] for o in found.values())
     _complete(found, exp, seeds, scale, source, jobs, progress, where)
     kept = gather(exp.slug, [found[s] for s in seeds])
+    if processes > 1: kept["machine"]["processes"] = processes
     report = Report(exp.slug, exp.chapter, exp.metric, scale.name, source, seconds=round(time.perf_counter() - started, 3),
                     claims=[c.judge(kept["arms"]) for c in exp.claims], code=code_hash(exp.chapter) if exported else code, **kept)
+    if rank: return report # the first process writes
     if seeds != scale.seeds: report.note = f"Not saved: these are not the seeds of scale {scale.name}."
     elif scale.name == "tiny" and not folder: report.note = "Not saved: the scale tiny is for tests; folder=... keeps it elsewhere."
     elif not (asked or exported): report.note = f"Not saved: ptbook.{exp.chapter} does not hold this code; export it first."

@@ -20,7 +20,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import Batches, CheckpointError, Keeper, StopSignals, digest, last_good, reseed
+from .checkpoints import Batches, CheckpointError, Keeper, StopSignals, _on_all, digest, held, in_shards, last_good, reseed
+from .processes import dealt, gather_into, join, reshard, sharded, sharding
 
 # %% ../../nbs/00_basics/train.ipynb #9b414eab
 def _want(ok: bool, name: str, got: Any, wanted: str):
@@ -83,12 +84,13 @@ def train_step(
         index = (step * accumulate + a) * accelerator.num_processes + accelerator.process_index
         reseed(seed, index, accelerator.device)
         batch = send_to_device(batches[index], accelerator.device)
-        with accelerator.no_sync(model) if a < accumulate - 1 else nullcontext():
+        with model.no_sync() if a < accumulate - 1 and hasattr(model, "no_sync") else nullcontext():
             with accelerator.autocast(): value = _checked(loss(model, batch)) / accumulate
             (scaler.scale(value) if scaler else value).backward() # fp16 needs its loss scaled up
         total = total + value.detach()
     if scaler: scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(params, math.inf if clip is None else clip)
+    if in_shards(norm): norm = norm.full_tensor().to(total.device)
     if scaler: scaler.step(optimizer), scaler.update()
     else: optimizer.step()
     optimizer.zero_grad()
@@ -190,7 +192,7 @@ class _Log:
         self.read()
         self.run.model.eval()
         with torch.no_grad(): values = evaluate(self.run.model)
-        self.run.model.train()
+        reshard(self.run.model.train())
         if not isinstance(values, dict): raise TypeError(f"evaluate(model) gave {type(values).__name__}: wanted a dict of name -> number")
         values = {str(k): float(v) for k, v in values.items()}
         self.run.history[-1] |= values
@@ -229,10 +231,11 @@ def _accelerator(precision: str, trackers: Any, folder: Any) -> Accelerator:
     names = trackers if isinstance(trackers, (list, tuple)) else [trackers] if trackers else []
     have = [str(getattr(t, "value", t)) for t in get_available_trackers()]
     for t in names: _want(isinstance(t, GeneralTracker) or t in have or t == "all", "trackers", t, f"a GeneralTracker or one that is installed: {', '.join(have) or 'none is'}")
+    join()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision: AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, log_with=names or None, project_dir=folder)
     kind = accelerator.distributed_type.value
-    _want(kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU"), "distributed_type", kind, "data parallelism; fit keeps whole models only")
+    _want(kind in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "FSDP"), "distributed_type", kind, "data parallelism or FSDP")
     if accelerator.num_processes > 1: atexit.register(accelerator.state.destroy_process_group) # gloo's threads may abort an exit without it
     return accelerator
 
@@ -253,9 +256,23 @@ def _borrowed(model: nn.Module, device: torch.device):
 def _save(run: Run, keeper: Keeper):
     "Write a checkpoint, if there is a folder for it, of whole and finite weights."
     if run.folder is None: return
-    if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise NonFiniteLoss(f"step {len(run.history)}: the weights are not finite; {last_good(run.folder)}")
+    def check():
+        if not all(held(p)[0].isfinite().all() for p in run.model.parameters()):
+            raise NonFiniteLoss(f"step {len(run.history)}: the weights are not finite; {last_good(run.folder)}")
+    _on_all(keeper.accelerator, check)
     keeper.save(run.history, run.seconds)
+
+# %% ../../nbs/00_basics/train.ipynb #b78f169d
+@contextmanager
+def _handed_back(run: Run, model: nn.Module):
+    "Afterwards `run.model` is the caller's model and holds the weights."
+    def hand():
+        if run.model is not model: run.model = gather_into(model, run.model)
+    try: yield
+    except (NonFiniteLoss, Interrupted, CheckpointError):
+        hand()
+        raise
+    hand()
 
 # %% ../../nbs/00_basics/train.ipynb #d33929a7
 def _loop(log: _Log, update: Callable, keeper: Keeper, steps: int, save_every: int, evaluate: Callable | None, eval_every: int | None):
@@ -305,16 +322,20 @@ def fit(
     _want(eval_every is None or evaluate is not None and eval_every >= 1, "eval_every", eval_every, "1 or more, with evaluate, or None")
     batches, factor = Batches(batches), lr_factor(schedule, steps, warmup)
     accelerator = _accelerator(precision, trackers, folder)
-    settings["processes"] = accelerator.num_processes
-    with _borrowed(model.to(accelerator.device), accelerator.device):
-        wrapped = accelerator.prepare(model)
-        optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
-        keeper = Keeper(folder, settings, model, optimizer, batches, accelerator)
-        run = Run(model, *keeper.resume(), keeper.folder)
-        if len(run.history) == steps: return run
+    batches = dealt(batches, accelerator.num_processes)
+    settings["micro-batches per update"] = settings.pop("accumulate") * accelerator.num_processes # the same number of them is the same run
+    split = sharding()
+    with _borrowed(model if split else model.to(accelerator.device), accelerator.device):
+        trained = sharded(model, accelerator.device) if split else model
+        wrapped = trained if split else accelerator.prepare(model)
+        optimizer = torch.optim.AdamW(decay_groups(trained, weight_decay), lr=lr, betas=betas, fused=True)
+        keeper = Keeper(folder, settings, trained, optimizer, batches, accelerator)
+        run = Run(trained, *keeper.resume(), keeper.folder)
         def update(step: int) -> tuple[float, Tensor, Tensor]: # learning rate, loss, the gradient's norm
             for group in optimizer.param_groups: group["lr"] = lr * factor(step)
             return group["lr"], *train_step(accelerator, wrapped, optimizer, loss, batches, step, accumulate, clip, seed)
-        with _Log(run, accelerator, steps, settings, progress, live) as log:
-            _loop(log, update, keeper, steps, save_every or max(1, steps // 10), evaluate, eval_every)
+        with _handed_back(run, model):
+            if len(run.history) == steps: return run
+            with _Log(run, accelerator, steps, settings, progress, live) as log:
+                _loop(log, update, keeper, steps, save_every or max(1, steps // 10), evaluate, eval_every)
     return run

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'app', 'Json', 'note', 'clean_stdout', 'plain', 'print_json', 'as_table', 'Book', 'show_version',
-           'options', 'title_of', 'chapters', 'lab', 'RunFailed', 'check_source', 'run', 'ledger_text', 'ledger',
-           'bench', 'tour', 'source_rows', 'sources', 'refresh', 'readme', 'numbers', 'select', 'merge', 'new', 'site',
-           'is_request_error', 'exit_code', 'main']
+           'options', 'title_of', 'chapters', 'lab', 'RunFailed', 'check_source', 'run', 'config', 'ledger_text',
+           'ledger', 'bench', 'tour', 'source_rows', 'sources', 'refresh', 'readme', 'numbers', 'select', 'merge',
+           'new', 'site', 'is_request_error', 'exit_code', 'main']
 
 # %% ../../nbs/13_press/cli.ipynb #8b5307b7
 import contextlib
@@ -191,8 +191,18 @@ def run(
         check_source(source, experiment.sources, slug)
         try: report = claims.run(experiment, scale=scale, seeds=chosen, source=source, jobs=jobs)
         except ValueError as error: raise RunFailed(str(error)) from error
+    if claims.world()[0]: return # under a launcher the first process speaks
     if as_json: print_json(report.to_dict())
     else: print(report)
+
+
+@app.command(rich_help_panel="Measure", epilog='Example: accelerate launch --config_file "$(ptbook config fsdp)" --num_processes 4 --no_python ptbook run qwen25 --scale full')
+def config(
+    name: Annotated[str, typer.Argument(help="ddp: every process holds the whole model; fsdp: each a share of it.")],
+) -> None:
+    "Print where the file is that `accelerate launch` needs for several processes."
+    from ptbook.basics.processes import config as file
+    print(file(name))
 
 # %% ../../nbs/13_press/cli.ipynb #8c408b39
 def ledger_text(

@@ -8,7 +8,7 @@ __all__ = ['Batches', 'reseed', 'weights', 'first_difference', 'load_weights', '
            'find_checkpoint', 'open_folder', 'Keeper']
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #44f8581e
-import hashlib, json, os, shutil, signal, sys, tempfile, threading
+import hashlib, json, math, os, shutil, signal, sys, tempfile, threading
 from pathlib import Path
 from typing import Any, Callable
 
@@ -19,6 +19,8 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .doors import naming, plain_file, read_json
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #fa700252
 class Batches:
@@ -78,7 +80,9 @@ def load_weights(
     checkpoint: str | Path, # a folder step-...
 ) -> nn.Module: # the model
     "Read a checkpoint's weights. Raises `ValueError` naming the first parameter that does not fit."
-    saved, own = load_file(Path(checkpoint) / "model.safetensors"), weights(model)
+    path = plain_file(Path(checkpoint) / "model.safetensors")
+    with naming(path, "checkpoint"): saved = load_file(path)
+    own = weights(model)
     differ = first_difference(_signature(saved), _signature(own))
     if differ: raise ValueError(f"{checkpoint} is of another model: parameter {differ}")
     with torch.no_grad():
@@ -91,12 +95,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{name}|{key}": t for name, p in model.named_parameters() for key, t in optimizer.state.get(p, {}).items()}
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str | Path):
-    "Read the optimiser's memory from a checkpoint."
-    params = dict(model.named_parameters())
-    for name, t in load_file(Path(checkpoint) / "optimizer.safetensors").items():
+    "Read the optimiser's memory from a checkpoint. Raises `ValueError` for memory of parameters that the model has not, or of another shape."
+    path, params = plain_file(Path(checkpoint) / "optimizer.safetensors"), dict(model.named_parameters())
+    with naming(path, "optimiser's memory"): saved = load_file(path)
+    for name, t in saved.items():
+        p = params.get(name.rpartition("|")[0])
+        if p is None or t.ndim and t.shape != p.shape: raise ValueError(f"{path}: {name!r} of shape {list(t.shape)} is no memory of a parameter of this model")
+    for name, t in saved.items():
         parameter, _, key = name.rpartition("|")
-        p = params[parameter]
-        optimizer.state[p][key] = t.to(p.device)
+        optimizer.state[params[parameter]][key] = t.to(params[parameter].device)
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #9296a8c9
 def checkpoints(folder: str | Path) -> list[Path]: # oldest first
@@ -201,6 +208,14 @@ def identity(
     return {"settings": settings, "model": _signature(own), "data": {"fingerprint of the batches": batches.fingerprint[:16]}, "initial": digest(own)}
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #36c087af
+def _checked(state: dict, step: int) -> dict:
+    "The state, if it can be gone on from. Raises `ValueError`."
+    for name, kind in (("settings", dict), ("model", dict), ("data", dict), ("initial", str), ("history", list), ("seconds", (int, float))):
+        if not isinstance(state.get(name), kind): raise ValueError(f"{name} in state.json is {state.get(name)!r:.50}")
+    rows = state["history"]
+    if len(rows) != step or not all(isinstance(row, dict) for row in rows) or not math.isfinite(state["seconds"]): raise ValueError(f"state.json has a history of {len(rows)} steps, wanted {step} and a finite number of seconds")
+    return state
+
 def find_checkpoint(
     folder: Path, # holds checkpoints, or nothing
     identity: dict, # what makes this run this run
@@ -209,9 +224,9 @@ def find_checkpoint(
     if not checkpoints(folder): return None, {}
     path = checkpoints(folder)[-1]
     try:
-        state = json.loads((path / "state.json").read_text())
-        same_weights = identity["initial"] in (state["initial"], digest(load_file(path / "model.safetensors")))
-        with safe_open(path / "optimizer.safetensors", "pt"): pass
+        state = _checked(read_json(path / "state.json"), int(path.name[5:]))
+        same_weights = identity["initial"] in (state["initial"], digest(load_file(plain_file(path / "model.safetensors"))))
+        with safe_open(plain_file(path / "optimizer.safetensors"), "pt"): pass
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
     for kind, name in (("settings", ""), ("model", "parameter "), ("data", "")):

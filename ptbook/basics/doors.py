@@ -34,7 +34,8 @@ def plain_file(
     most: float = math.inf, # bytes
     error: type[ValueError] = ValueError,
 ) -> Path: # the same
-    "A path that is safe to open. Raises `error` for what is not there, a folder, a pipe, a device or a file that is too large."
+    "A path that is safe to open. Raises `error` for a folder, a pipe, a device or a file that is too large, and for what is not there (FileNotFoundError if `error` is ValueError)."
+    if error is ValueError and not path.exists(): raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file(): raise error(f"{path} is not there, or is no file")
     if (size := path.stat().st_size) > most: raise error(f"{path} has {size:,} bytes, wanted at most {most:,}")
     return path

@@ -66,7 +66,7 @@ def test_a_cache_is_read_once_built_and_rebuilt_when_damaged(monkeypatch, tmp_pa
     built = []
     def slow():
         built.append(1)
-        return pa.table({"text": ["a", "b"]})
+        return pa.table({"text": ["a", "b"], "split": ["train", "test"]})
     assert embedded.cached(slow)().equals(embedded.cached(slow)()) and len(built) == 1
     embedded.cached(slow, "numpy")()
     assert len(built) == 2 and len(list(tmp_path.iterdir())) == 2 # other packages, another file

@@ -87,12 +87,13 @@ def test_results_folder(monkeypatch, tmp_path):
 def test_finished_seeds(tmp_path):
     where = tmp_path / ".partial" / "toy"
     assert kept_seeds(None, [0, 1]) == {} == kept_seeds(where, [0, 1])
-    write_json(where / "seed-0.json", {"seed": 0, "values": {"a": 0.1 + 0.2}})
+    whole = {"seed": 0, "values": {"a": 0.1 + 0.2}, "data": [], "versions": {}}
+    write_json(where / "seed-0.json", whole)
     write_json(where / "seed-1.json", {"seed": 7, "values": {"a": 1}})  # of another seed
     write_json(where / "seed-2.json", {"seed": 2})
     (where / "seed-3.json").write_text("[")
     (where / "other").touch()
-    assert kept_seeds(where, range(9)) == {0: {"seed": 0, "values": {"a": 0.30000000000000004}}}
+    assert kept_seeds(where, range(9)) == {0: whole}
     forget_seeds(where, range(9))
     assert [p.name for p in where.iterdir()] == ["other"]  # not ours: left alone
 

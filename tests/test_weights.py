@@ -181,7 +181,7 @@ def test_pickled_weights_are_never_read(tmp_path):
     hf = make("gpt2")
     hf.config.save_pretrained(tmp_path)
     torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError): from_hf(tmp_path)
+    with pytest.raises(ValueError, match="pickled weights are not read"): from_hf(tmp_path)
 
 def test_remote_code_is_never_run(tmp_path):
     make("gpt2").save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ __all__ = ['Batches', 'reseed', 'in_shards', 'held', 'weights', 'first_differenc
            'StopSignals', 'digest', 'identity', 'find_checkpoint', 'open_folder', 'write_shards', 'Keeper']
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #44f8581e
-import hashlib, json, os, signal, sys, tempfile, threading
+import hashlib, json, math, os, re, signal, sys, tempfile, threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .doors import naming, parse, plain_file, read_json
 from .whole import discard, sweep, synced, whole_folder
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #fa700252
@@ -93,14 +94,18 @@ class Pieces:
     "The tensors of a checkpoint, whole or in shards, of which any rows can be read."
     def __init__(self, checkpoint: str | Path, kind: str = "model"): # a folder step-...; "model" or "optimizer". Raises `ValueError` if a file is missing
         files = sorted(Path(checkpoint).glob(f"{kind}.safetensors")) or sorted(Path(checkpoint).glob(f"{kind}-*-of-*.safetensors"))
-        wanted = int(files[0].stem.rpartition("-of-")[2]) if files and "-of-" in files[0].stem else 1
+        wanted = int(files[0].stem.rpartition("-of-")[2]) if files and re.fullmatch(r".*-of-\d{5}", files[0].stem) else 1
         if len(files) != wanted: raise ValueError(f"{checkpoint} holds {len(files)} of the {wanted} files of its {kind}")
         self.parts: dict[str, list[tuple[int, Any]]] = {} # name -> first row, file
         for file in files:
-            opened = safe_open(file, "pt")
-            offsets = json.loads((opened.metadata() or {}).get(_OFFSETS, "{}"))
-            for name in opened.keys(): self.parts.setdefault(name, []).append((offsets[name][_FIRST][0] if offsets.get(name, {}).get(_FIRST) else 0, opened))
-        for parts in self.parts.values(): parts.sort(key=lambda part: part[0])
+            with naming(plain_file(file), "checkpoint"):
+                opened = safe_open(file, "pt")
+                offsets = parse((opened.metadata() or {}).get(_OFFSETS, "{}"))
+                for name in opened.keys(): self.parts.setdefault(name, []).append((int(offsets[name][_FIRST][0]) if offsets.get(name, {}).get(_FIRST) else 0, opened))
+        for name, parts in self.parts.items():
+            parts.sort(key=lambda part: part[0])
+            ends = np.cumsum([(opened.get_slice(name).get_shape() or [1])[0] for _, opened in parts]).tolist()
+            if [start for start, _ in parts] != [0, *ends[:-1]]: raise ValueError(f"{checkpoint}: the shards of {name} do not make one tensor")
 
     def __iter__(self): return iter(self.parts)
 
@@ -156,9 +161,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {f"{name}|{key}": t for name, p in model.named_parameters() for key, t in optimizer.state.get(p, {}).items()}
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str | Path):
-    "Read the optimiser's memory from a checkpoint, of a sharded parameter the rows held here."
+    "Read the optimiser's memory from a checkpoint, of a sharded parameter the rows held here. Raises `ValueError` for memory of parameters that the model has not, or of another shape."
     params, saved = dict(model.named_parameters()), Pieces(checkpoint, "optimizer")
     signature = saved.signature
+    for name, kind in signature.items():
+        p = params.get(name.rpartition("|")[0])
+        if p is None or not kind.endswith((" []", f" {list(p.shape)}")): raise ValueError(f"{checkpoint}: {name!r} ({kind}) is no memory of a parameter of this model")
     for name in saved:
         parameter, _, key = name.rpartition("|")
         p = params[parameter]
@@ -264,6 +272,14 @@ def identity(
     return {"settings": settings, "model": _signature(own), "data": {"fingerprint of the batches": batches.fingerprint[:16]}, "initial": digest(own)}
 
 # %% ../../nbs/00_basics/checkpoints.ipynb #36c087af
+def _checked(state: dict, step: int) -> dict:
+    "The state, if it can be gone on from. Raises `ValueError`."
+    for name, kind in (("settings", dict), ("model", dict), ("data", dict), ("initial", str), ("history", list), ("seconds", (int, float))):
+        if not isinstance(state.get(name), kind): raise ValueError(f"{name} in state.json is {state.get(name)!r:.50}")
+    rows = state["history"]
+    if len(rows) != step or not all(isinstance(row, dict) for row in rows) or not math.isfinite(state["seconds"]): raise ValueError(f"state.json has a history of {len(rows)} steps, wanted {step} and a finite number of seconds")
+    return state
+
 def find_checkpoint(
     folder: Path, # holds checkpoints, or nothing
     identity: dict, # what makes this run this run
@@ -272,7 +288,7 @@ def find_checkpoint(
     if not checkpoints(folder): return None, {}
     path = checkpoints(folder)[-1]
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = _checked(read_json(path / "state.json"), int(path.name[5:]))
         saved, _ = Pieces(path), Pieces(path, "optimizer")
         same_weights = identity["initial"] == state["initial"] or identity["initial"] == digest({name: saved[name] for name in saved})
     except (OSError, ValueError, KeyError, SafetensorError) as error:

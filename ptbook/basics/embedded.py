@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .files import read_parquet
 from .whole import whole_file
 
 # %% ../../nbs/00_basics/embedded.ipynb #905784dd
@@ -260,8 +261,8 @@ def cached(
     def read_or_build():
         path = _cache_path(build, packages)
         if path.is_file():
-            with contextlib.suppress(pa.ArrowException, OSError): # a damaged cache is built again: it is no source
-                return pq.read_table(path)
+            with contextlib.suppress(pa.ArrowException, OSError, ValueError): # a damaged cache is built again: it is no source
+                if "split" in (table := read_parquet(path)).column_names: return table
         table = build()
         _keep(table, path)
         return table

@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
+from .doors import read_json
 from .whole import sweep, whole_file
 
 # %% ../../nbs/00_basics/results.ipynb #b2c9a22d
@@ -127,6 +129,14 @@ def write_json(
     with whole_file(path) as draft: draft.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/00_basics/results.ipynb #2559e3c8
+def _finite(*values: Any) -> bool: return all(isinstance(v, float | int) and math.isfinite(v) for v in values)
+
+def _is_outcome(o: dict) -> bool:
+    "Whether `gather` can use it."
+    values, data, versions = (o.get(key) for key in ("values", "data", "versions"))
+    if not (isinstance(values, dict) and isinstance(data, list) and isinstance(versions, dict)): return False
+    return bool(values) and _finite(*values.values()) and all(isinstance(d, dict) for d in data)
+
 def kept_seeds(
     where: Path | None, # folder of one unfinished run; None if nothing is kept
     seeds: Sequence[int],
@@ -134,9 +144,9 @@ def kept_seeds(
     "What an earlier run finished."
     found = {}
     for s in seeds if where else ():
-        try: found[s] = json.loads((where / f"seed-{s}.json").read_text("utf-8"))
+        try: found[s] = read_json(where / f"seed-{s}.json")
         except (OSError, ValueError): pass  # not there, or not ours: done again
-    return {s: o for s, o in found.items() if isinstance(o, dict) and o.get("seed") == s and "values" in o}
+    return {s: o for s, o in found.items() if o.get("seed") == s and type(o["seed"]) is int and _is_outcome(o)}
 
 def forget_seeds(
     where: Path, # folder of a run that is finished
@@ -214,18 +224,26 @@ def save_report(
 
 # %% ../../nbs/00_basics/results.ipynb #d1c8bbc8
 _CLAIM = {"text", "primary", "verdict", "effect", "low", "high"}
+_KINDS = {"slug": str, "chapter": str, "metric": str, "scale": str, "source": str | None, "seeds": list, "arms": dict, "claims": list, "data": list, "versions": dict, "machine": dict, "code": str | None, "note": str}
+
+def _check_claim(claim: dict) -> None:
+    "Raises ValueError for what is no claim with its verdict."
+    if set(claim) != _CLAIM: raise ValueError(f"a claim has {', '.join(sorted(map(str, claim)))}; wanted {', '.join(sorted(_CLAIM))}")
+    ends = [claim["low"], claim["high"]]
+    if not (isinstance(claim["text"], str) and isinstance(claim["verdict"], str) and isinstance(claim["primary"], bool)): raise ValueError(f"a claim is {claim!r:.100}")
+    if not (_finite(claim["effect"]) and (ends == [None, None] or _finite(*ends))): raise ValueError(f"the effect of {claim['text']!r} is not a finite number with an interval or none")
 
 def read_report(
     path: Path, # a result file
 ) -> Report:
     "One result. Raises ValueError naming the file and what is wrong with it."
-    def refuse(constant): raise ValueError(f"{constant} is not a number")
     try:
-        report = Report(**json.loads(path.read_text("utf-8"), parse_constant=refuse))
-        whole = lambda values: len(values) == len(report.seeds) and all(isinstance(x, float | int) and math.isfinite(x) for x in values)
+        report = Report(**read_json(path))
+        if wrong := [name for name, kind in _KINDS.items() if not isinstance(getattr(report, name), kind)]: raise ValueError(f"{wrong[0]} is {getattr(report, wrong[0])!r:.50}")
+        if not (_finite(report.seconds, *report.seeds) and all(isinstance(d, dict) for d in report.data)): raise ValueError("seconds and seeds must be finite numbers, and data a list of objects")
+        whole = lambda values: len(values) == len(report.seeds) and _finite(*values)
         if not (report.arms and all(map(whole, report.arms.values()))): raise ValueError("it needs one finite number per seed in every arm")
-        for claim in report.claims:
-            if set(claim) != _CLAIM: raise ValueError(f"a claim has {', '.join(sorted(claim))}; wanted {', '.join(sorted(_CLAIM))}")
+        for claim in report.claims: _check_claim(claim)
     except (ValueError, TypeError, KeyError, AttributeError) as e: raise ValueError(f"{path} is not a result file: {e}") from None
     return report
 

@@ -124,6 +124,7 @@ def pretrained(
             model.load_state_dict(load_file(path))
             load("glyphs") # what it learnt from travels with every result
             return model.eval()
+        model = glyph_vit(seed) # half of what a damaged file holds may be in the old one
     fit(model, classify, Views(*letters(), batch=64, seed=seed), steps, lr=3e-3, weight_decay=0.05, seed=seed, progress=False)
     try:
         with whole_file(path) as draft: save_file(model.state_dict(), draft)

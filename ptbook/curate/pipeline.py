@@ -21,8 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..basics.doors import naming, read_json
+from ..basics.files import read_parquet
 from ..basics.whole import sweep, whole_file
 from .records import REASONS, Files, Judged, Overlap, Scorer, Selection, batches, decide, joined, judge, text_keys
 
@@ -47,8 +50,15 @@ class Plan:
 
     @classmethod
     def load(cls, out: str | os.PathLike) -> "Plan":
-        "The plan of a folder of results. Raises FileNotFoundError if there is none."
-        return cls(**json.loads((Path(out)/"plan.json").read_text(encoding="utf-8")))
+        "The plan of a folder of results. Raises FileNotFoundError if there is none, ValueError for one that is no plan."
+        path = Path(out)/"plan.json"
+        if not path.exists(): raise FileNotFoundError(f"{path}: there is no plan, so no run was begun here")
+        with naming(path, "plan"):
+            plan = cls(**read_json(path))
+            files = [file for shard in plan.shards for file in shard]
+            if not all(plan.shards) or not all(isinstance(name, str) and isinstance(size, int) for name, size in files): raise ValueError("a shard is a list of files, each with its size")
+            if not (isinstance(plan.folder, str) and isinstance(plan.text, str) and isinstance(plan.settings, dict) and isinstance(plan.probe, list)): raise ValueError("folder, text, settings or probe is of another kind")
+        return plan
 
     def suffix(self, shard: int) -> str:
         "As what the kept documents of a shard are written: Parquet stays Parquet, all else becomes JSON lines."
@@ -77,6 +87,15 @@ def cut(
 def _write_table(path: Path, table: pa.Table) -> None:
     "A Parquet file, all or nothing."
     with whole_file(path) as draft: pq.write_table(table, draft)
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    "What `_write_table` wrote. Raises ValueError for a file that is damaged or holds something else, and for reasons that there are not."
+    table = read_parquet(path)
+    if not table.schema.equals(schema): raise ValueError(f"{path} holds {', '.join(map(str, table.schema)):.200}, wanted {', '.join(map(str, schema))}")
+    if len(table) and (worst := pc.max(table["reasons"]).as_py()) is not None and worst >= len(REASONS) or table["reasons"].null_count: raise ValueError(f"{path} has a reason {worst!r}, wanted 0 to {len(REASONS) - 1}")
+    return table
+
+_DECIDED = pa.schema({"reasons": pa.uint8(), "scores": pa.float64()})
 
 def _line(row: dict) -> bytes:
     "A row as a line of JSON."
@@ -181,7 +200,7 @@ def read_tables(
     "What the first stage wrote. Raises FileNotFoundError if a shard is missing."
     plan = Plan.load(out)
     _complete(out, plan, "tables", "score")
-    tables = [pq.read_table(plan.file(out, "tables", shard)) for shard in range(len(plan.shards))]
+    tables = [_read_table(plan.file(out, "tables", shard), _JUDGED) for shard in range(len(plan.shards))]
     return joined([Judged(*(t[name].to_numpy() for name in Judged._fields)) for t in tables]), np.array([len(t) for t in tables])
 
 def _complete(out: str | os.PathLike, plan: Plan, folder: str, stage: str) -> None:
@@ -219,7 +238,7 @@ class Take(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator["Document"]:
         for plan, shard, documents in _by_shard(data, self.out, "kept", rank, world_size):
-            decisions = pq.read_table(plan.file(self.out, "decisions", shard))
+            decisions = _read_table(plan.file(self.out, "decisions", shard), _DECIDED)
             reasons, scores, log = decisions["reasons"].to_pylist(), decisions["scores"].to_pylist(), []
             for n, d in enumerate(documents):
                 if n == len(reasons): raise ValueError(f"shard {shard}: got more than the {n} documents that were judged")
@@ -316,9 +335,17 @@ def collect(
     "The selection of a run that is complete. Raises FileNotFoundError if it is not."
     plan, out = Plan.load(folder_out), Path(folder_out)
     _complete(out, plan, "kept", "take")
-    reasons = [pq.read_table(plan.file(out, "decisions", shard))["reasons"].to_numpy() for shard in range(len(plan.shards))]
-    judged, report = read_tables(out)[0], json.loads((out/"report.json").read_text())
-    return Selection(np.concatenate([judged.reasons[:0], *reasons]), judged.scores, judged.sizes, report["line"])
+    reasons = [_read_table(plan.file(out, "decisions", shard), _DECIDED)["reasons"].to_numpy() for shard in range(len(plan.shards))]
+    judged, line = read_tables(out)[0], _read_line(out/"report.json")
+    reasons = np.concatenate([judged.reasons[:0], *reasons])
+    if len(reasons) != len(judged.reasons): raise ValueError(f"{out/'decisions'} decides about {len(reasons)} documents, and {len(judged.reasons)} were judged")
+    return Selection(reasons, judged.scores, judged.sizes, line)
+
+def _read_line(path: Path) -> float:
+    "The line that was drawn; nan if nothing was kept. Raises ValueError."
+    line = read_json(path).get("line")
+    if isinstance(line, bool) or not isinstance(line, (int, float)): raise ValueError(f"{path}: line is {line!r:.50}, wanted a number")
+    return float(line)
 
 def run_local(
     folder_in: str | os.PathLike, # as for `pipelines`

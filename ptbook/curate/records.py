@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ..basics.doors import parse
+from ..basics.files import open_parquet, spelt_out
 from .duplicates import SignatureIndex, minhash
 from .ngrams import mix, ngram_hashes, word_hashes
 
@@ -55,7 +57,7 @@ def as_records(
         yield _checked(row.get(text), {k: v for k, v in row.items() if k != text}, str(i), str(row.get("domain", "")))
 
 # %% ../../nbs/06_curate/records.ipynb #70f60489
-LINE = 1 << 28 # bytes; a longer line is not read but counted
+LINE = 1 << 26 # bytes; a longer line, document or text file is not read but counted
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]: # None for a line that is too long
     "Lines without ever holding more than LINE bytes."
@@ -67,9 +69,10 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]: # None for a line that is 
 def _object(line: bytes | None) -> tuple[dict | None, str]: # the object, or None and why
     "One line of JSON."
     if line is None: return None, f"a line of more than {LINE} bytes"
-    try: value = json.loads(line.decode("utf-8"))
+    if sum(map(line.count, (b"[", b"{", b":"))) > LINE // 16: return None, f"a line of more than {LINE // 16} values" # each takes twenty times the memory that it takes in the file
+    try: value = parse(line.decode("utf-8"))
     except UnicodeDecodeError as error: return None, f"not UTF-8 at byte {error.start} of the line"
-    except (ValueError, RecursionError) as error: return None, f"malformed JSON ({str(error)[:80]})"
+    except ValueError as error: return None, f"malformed JSON ({str(error)[:80]})"
     return (value, "") if isinstance(value, dict) else (None, f"no JSON object but {type(value).__name__}")
 
 def _jsonl(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]: # text, row, line number, problem
@@ -83,24 +86,30 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]
                 if row is not None and not seen and text not in row: raise _no_column(f"{path}, line {number}", text, row)
                 seen = seen or row is not None
                 yield (row or {}).pop(text, None), row, number, problem
-        except (EOFError, gzip.BadGzipFile, OSError) as error: yield None, None, number + 1, f"the file breaks off ({error})"
+        except (EOFError, OSError, zlib.error) as error: yield None, None, number + 1, f"the file breaks off ({error})"
 
 # %% ../../nbs/06_curate/records.ipynb #0dafc436
+def _row(batch: pa.RecordBatch, i: int, large: bool) -> dict | None: # None for a row that is too large
+    "A row with its texts spelt out, by itself."
+    one = batch.slice(i, 1)
+    return None if large and spelt_out(one.to_struct_array()) > LINE else one.to_pylist()[0]
+
 def _parquet(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]: # text, row, row number, problem
     "The rows of a Parquet file. Raises ValueError if it lacks the column."
-    try: file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    try: file = open_parquet(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         yield None, None, 1, f"no readable Parquet file, perhaps cut short ({str(error)[:80]})"
         return
     if text not in file.schema_arrow.names: raise _no_column(path, text, file.schema_arrow.names)
     number = 0
     for group in range(file.num_row_groups):
-        start, rows = number, file.metadata.row_group(group).num_rows
+        start, rows = number, min(file.metadata.row_group(group).num_rows, 8 * path.stat().st_size) # what a damaged file says of itself
         try:
             for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                for row in batch.to_pylist():
+                large = spelt_out(batch.to_struct_array()) > LINE
+                for row in (_row(batch, i, large) for i in range(len(batch))) if large else batch.to_pylist():
                     number += 1
-                    yield row.pop(text), row, number, ""
+                    yield (row or {}).pop(text, None), row, number, f"a row of more than {LINE} bytes" if row is None else ""
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             for number in range(number + 1, start + rows + 1): yield None, None, number, f"damaged rows ({str(error)[:80]})"
 
@@ -112,22 +121,25 @@ def _decoded(data: bytes) -> tuple[str | None, str]: # text, or None and why
 
 def _whole(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]:
     "A text file as one document."
-    value, problem = (None, "a file of more than 256 MiB") if path.stat().st_size > LINE else _decoded(path.read_bytes())
+    value, problem = (None, f"a file of more than {LINE} bytes") if path.stat().st_size > LINE else _decoded(path.read_bytes())
     yield value, {} if value is not None else None, 1, problem
 
 def _paragraphs(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]:
     "The documents of a text file that stand between blank lines."
     def document(): return (value := _decoded(b"".join(block)))[0], {} if value[0] is not None else None, first, value[1]
-    block, first = [], 1
+    block, first, size = [], 1, 0
     with open(path, "rb") as file:
         for number, line in enumerate(_lines(file), 1):
             if line is None: yield None, None, number, f"a line of more than {LINE} bytes"
             elif line.strip():
                 if not block: first = number
                 block.append(line)
+                if (size := size + len(line)) > LINE: # no blank line in sight
+                    yield None, None, first, f"a document of more than {LINE} bytes"
+                    block, size = [], 0
             elif block:
                 yield document()
-                block = []
+                block, size = [], 0
     if block: yield document()
 
 # %% ../../nbs/06_curate/records.ipynb #fdb8a219
@@ -173,7 +185,7 @@ class Files:
     ) -> Iterator[Record]:
         "The records of one file."
         alone = path == self.path
-        name = path.name if alone else path.relative_to(self.path).as_posix()
+        name = os.fsencode(path.name if alone else path.relative_to(self.path).as_posix()).decode(errors="backslashreplace") # a name need not be UTF-8
         domain = name.split("/")[0].split(".")[0] # the shard, or the folder it lies in
         reader = _reader(path, alone)
         if reader is None:
@@ -182,7 +194,7 @@ class Files:
         for value, row, number, problem in reader(path, self.text):
             place = name if reader is _whole else f"{name}:{number}"
             if row is None: yield Record(None, {}, place, domain, problem)
-            else: yield _checked(value, row, place, str(row.get("domain") or domain))
+            else: yield _checked(value, row, place, str(row["domain"]) if isinstance(row.get("domain"), str | int) and row["domain"] else domain)
 
     def __iter__(self) -> Iterator[Record]:
         from tqdm.auto import tqdm

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
+from ..basics.doors import inside, naming, read_json
 from ..basics.sources import CATALOGUE, load
 from ..basics.text import ByteTokenizer
 from ..basics.whole import whole_files
@@ -264,12 +265,16 @@ def language_model(
     folder: str | os.PathLike, # a causal language model and its tokenizer, as `save_pretrained` writes them
 ) -> tuple[nn.Module, Callable[[str], list[int]]]: # the model, text -> ids
     "A model to ask for perplexities. Raises FileNotFoundError for a folder that is not there, ValueError for one that holds none."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from ptbook.basics.weights import check_size
     if not Path(folder).is_dir(): raise FileNotFoundError(f"model: no folder {folder}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error: raise ValueError(f"model: {folder} holds no causal language model with its tokenizer ({' '.join(str(error).split())[:200]})") from error
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        if (Path(folder)/name).exists(): read_json(inside(Path(folder), name))
+    local = dict(trust_remote_code=False, local_files_only=True)
+    with naming(folder, "causal language model with its tokenizer"):
+        config = AutoConfig.from_pretrained(folder, **local)
+        check_size(Path(folder), config, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **local), AutoTokenizer.from_pretrained(folder, **local)
     return model.eval(), partial(_encode, tokenizer)
 
 def _encode(tokenizer: Any, text: str) -> list[int]: return tokenizer(text, truncation=False, verbose=False)["input_ids"]
@@ -327,5 +332,5 @@ def select_files(
     report = Report(f"A selection from {files.path.name}", settings, chosen)
     with whole_files(paths[1], paths[2], paths[0]) as (reasons, shown, kept):
         with RowWriter(kept) as kept_rows, RowWriter(reasons, 20_000) as reason_rows: _second_reading(files, chosen, report, kept_rows, reason_rows)
-        shown.write_text(page(report), encoding="utf-8")
+        shown.write_text(page(report), encoding="utf-8", errors="backslashreplace") # a file's name need not be UTF-8
     return Written(*paths, chosen)

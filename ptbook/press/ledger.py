@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPANIONS', 'PARTS', 'PREFERENCE', 'book_folder', 'Paper', 'papers', 'unnumbered', 'module_of', 'UnknownName',
-           'NoChapter', 'nearest', 'paper_of', 'has_module', 'find', 'notebooks', 'notebook', 'pick', 'weigh', 'row',
-           'fresh_results', 'ledger', 'companions']
+           'NoChapter', 'nearest', 'paper_of', 'has_module', 'find', 'cells', 'notebooks', 'notebook', 'pick', 'weigh',
+           'row', 'fresh_results', 'ledger', 'companions']
 
 # %% ../../nbs/13_press/ledger.ipynb #742053d2
 import csv
@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import ptbook
+from ..basics.doors import naming, read_json
 
 # %% ../../nbs/13_press/ledger.ipynb #52c78456
 def book_folder() -> Path: # holds papers.tsv, nbs/ and results/
@@ -38,9 +39,12 @@ class Paper:
 
 
 def papers() -> list[Paper]: # in the order of papers.tsv
-    "Every paper of the book."
-    with (book_folder()/"papers.tsv").open(encoding="utf-8", newline="") as file:
-        return [Paper(**{**row, "no": int(row["no"])}) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    "Every paper of the book. Raises ValueError if papers.tsv is no list of papers."
+    path = book_folder()/"papers.tsv"
+    with naming(path, "list of papers"), path.open(encoding="utf-8", newline="") as file:
+        found = [Paper(**{**row, "no": int(row["no"])}) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        if lacking := [paper for paper in found if None in vars(paper).values()]: raise ValueError(f"{path}: paper {lacking[0].no} lacks a column")
+        return found
 
 # %% ../../nbs/13_press/ledger.ipynb #1d931640
 COMPANIONS = (Paper(0, "lora", "LoRA: Low-Rank Adaptation of Large Language Models", "04_adapt/lora"),)
@@ -126,6 +130,29 @@ def find(
     found = [e for e in vars(importlib.import_module(name)).values() if isinstance(e, Experiment) and e.slug == slug]
     if not found: raise NoChapter(f"{slug!r} ({paper.title}) has no experiment yet in {name}")
     return found[0]
+
+# %% ../../nbs/13_press/ledger.ipynb #65715c45
+def _is_text(value: object) -> bool: return isinstance(value, str) or isinstance(value, list) and all(isinstance(line, str) for line in value)
+
+def _is_output(output: object) -> bool:
+    if not isinstance(output, dict) or not isinstance(data := output.get("data", {}), dict): return False
+    texts = [v for k, v in data.items() if not k.endswith("json")] + [output[k] for k in ("text", "name", "ename", "evalue", "traceback") if k in output]
+    return isinstance(output.get("output_type"), str) and all(map(_is_text, texts)) and (output["output_type"] != "stream" or {"name", "text"} <= set(output))
+
+def _is_cell(cell: object) -> bool:
+    if not isinstance(cell, dict) or not (_is_text(cell.get("source")) and isinstance(cell.get("metadata", {}), dict)): return False
+    outputs = cell.get("outputs", [] if cell.get("cell_type") != "code" else None)
+    return cell.get("cell_type") in ("code", "markdown", "raw") and isinstance(outputs, list) and all(map(_is_output, outputs))
+
+def cells(
+    path: Path, # a notebook
+) -> list[dict]: # at least one
+    "The cells of a notebook. Raises ValueError for a file that is none, naming the first cell that is wrong."
+    found = read_json(path)
+    if found.get("nbformat") != 4 or not isinstance(found.get("cells"), list) or not found["cells"]: raise ValueError(f"{path} is no notebook: wanted nbformat 4 and a list of cells, got nbformat {found.get('nbformat')!r:.50}")
+    wrong = next((i for i, cell in enumerate(found["cells"]) if not _is_cell(cell)), None)
+    if wrong is not None: raise ValueError(f"{path}: cell {wrong} is no cell: {found['cells'][wrong]!r:.100}")
+    return found["cells"]
 
 # %% ../../nbs/13_press/ledger.ipynb #9e632f54
 def notebooks() -> dict[str, Path]: # "01_objectives/causal" -> its notebook, in reading order

@@ -18,8 +18,9 @@ import time
 from configparser import ConfigParser
 from pathlib import Path
 
+from ..basics.doors import naming
 from ..basics.whole import whole_file
-from .ledger import book_folder, notebook
+from .ledger import book_folder, cells, notebook
 
 # %% ../../nbs/13_press/refresh.ipynb #e92b8f08
 class CellFailed(RuntimeError):
@@ -62,7 +63,8 @@ def run_cells(
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    nb = nbformat.read(path, as_version=4)
+    cells(path)
+    with naming(path, "notebook"): nb = nbformat.read(path, as_version=4)
     whole, quotes = len(nb.cells), [cell for cell in nb.cells if cell.cell_type == "code" and "verdict_line(" in cell.source]
     nb.cells += copy.deepcopy(quotes) # what a chapter quotes from its results it can quote when they are there: at the end
     code = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
@@ -170,9 +172,8 @@ def readme(
     index: Path | None = None, # the opening notebook; None: the book's
 ) -> tuple[str, dict[str, bytes]]: # Markdown, and its pictures by their path in the repository
     "README.md as the opening notebook has it."
-    cells = json.loads((index or book_folder()/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
     parts, images = ["<!-- Made from nbs/index.ipynb by `ptbook refresh index`. -->"], {}
-    for cell in cells:
+    for cell in cells(path := index or book_folder()/"nbs/index.ipynb"):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": parts.append(from_top(source))
         if cell["cell_type"] != "code": continue
@@ -180,7 +181,8 @@ def readme(
         if "hide" in says or says.get("include") == "false": continue
         code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
         if code and says.get("echo") != "false": parts.append(f"```python\n{code}\n```")
-        if says.get("output") != "false": parts += [output_markdown(o, says.get("fig-alt", ""), images) for o in cell["outputs"]]
+        with naming(path, "notebook"):
+            if says.get("output") != "false": parts += [output_markdown(o, says.get("fig-alt", ""), images) for o in cell["outputs"]]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n", images
 
 

@@ -12,6 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ..basics.doors import plain_file
+
 # %% ../../nbs/13_press/site_check.ipynb #1387c6b7
 @dataclass
 class Held:
@@ -52,7 +54,7 @@ def check_page(
     "What is wrong with a page by itself."
     wrong = [f"weighs {weight:,} bytes, more than {WEIGHT:,}"] * (weight > WEIGHT)
     wrong += [f"picture without alternative text: {src}" for src in held.wordless]
-    wrong += [f"loads from elsewhere: {url}" for url in held.loads if urlsplit(url).scheme in ("http", "https") or url.startswith("//")]
+    wrong += [f"loads from elsewhere: {url}" for url in held.loads if re.match(r"\s*(https?:|//)", url, re.IGNORECASE)]
     wrong += [f"anchor twice: {name}" for name in sorted({name for name in held.ids if held.ids.count(name) > 1})]
     if held.levels[:1] != [1] or held.levels.count(1) != 1: wrong.append(f"wants one title, before all other headings; its headings have levels {held.levels}")
     wrong += [f"a heading of level {b} below one of level {a}" for a, b in zip(held.levels, held.levels[1:]) if b > a + 1]
@@ -69,11 +71,12 @@ def check_links(
     "What a page links to or loads and is not there."
     wrong, top = [], folder.resolve()
     for url in dict.fromkeys(held.links + held.loads):
-        parts = urlsplit(url)
+        try: parts = urlsplit(url)
+        except ValueError: wrong.append(f"no address: {url:.80}"); continue
         if parts.scheme or parts.netloc: continue
         there = top/parts.path.removeprefix(prefix) if parts.path.startswith("/") else (top/path).parent/unquote(parts.path) if parts.path else top/path
-        there = (there/"index.html" if there.is_dir() else there).resolve()
-        if not there.is_file() or not there.is_relative_to(top): wrong.append(f"link to nothing: {url}")
+        there = (there/"index.html" if there.is_dir() else there).resolve() if "\0" not in str(there) else there
+        if "\0" in str(there) or not there.is_file() or not there.is_relative_to(top): wrong.append(f"link to nothing: {url}")
         elif parts.fragment and unquote(parts.fragment) not in site.get(there.relative_to(top).as_posix(), Held()).ids: wrong.append(f"link to no anchor: {url}")
     return wrong
 
@@ -83,6 +86,6 @@ def check(
     prefix: str = "/", # the path it is published under
 ) -> list[str]: # one line for everything that is wrong; empty if the site is well
     "Read a site and say what is wrong with it. A page that only sends the reader on is not read."
-    paths = [path for path in sorted(folder.rglob("*.html")) if "pagefind" not in path.parts and 'http-equiv="refresh"' not in path.read_text(encoding="utf-8")[:2000]]
-    site = {path.relative_to(folder).as_posix(): Reader(path.read_text(encoding="utf-8")).held for path in paths}
+    texts = {path: plain_file(path).read_text(encoding="utf-8", errors="replace") for path in sorted(folder.rglob("*.html")) if "pagefind" not in path.parts}
+    site = {path.relative_to(folder).as_posix(): Reader(text).held for path, text in texts.items() if 'http-equiv="refresh"' not in text[:2000]}
     return [f"{path}: {wrong}" for path, held in site.items() for wrong in check_page(held, (folder/path).stat().st_size) + check_links(path, held, site, folder, prefix)]

@@ -15,7 +15,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 from pathlib import PurePosixPath
 
-from .ledger import PARTS, papers
+from .ledger import PARTS, cells, papers
 from .site_plan import Plan, address, link
 
 # %% ../../nbs/13_press/site_pages.ipynb #a8ba93c1
@@ -125,7 +125,7 @@ def citations(
     plan: Plan,
 ) -> list[tuple[str, str, str]]: # link text, address, source of the notebook
     "Every link to a scholarly work in the book, in reading order."
-    def text(source): return "\n".join("".join(c["source"]) for c in json.loads((plan.folder/source).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    def text(source): return "\n".join("".join(c["source"]) for c in cells(plan.folder/source) if c["cell_type"] == "markdown")
     return [(name, url, source) for source in plan.notebooks() for name, url in SCHOLARLY.findall(text(source))]
 
 
@@ -184,7 +184,7 @@ def speed_page(
     "The page of all benchmarks whose outcome the book keeps."
     parts = []
     for source in said:
-        rows = measured(json.loads((plan.folder/source).read_text(encoding="utf-8"))["cells"])
+        rows = measured(cells(plan.folder/source))
         if not rows: continue
         lines = [f'<tr><th scope="row">{html.escape(r["name"])}<br><small>beside {html.escape(r["peer"])}</small></th><td>{r["ours"]} {r["unit"]}</td><td>{r["theirs"]} {r["unit"]}</td>'
                  f'<td>{bar(r)} {r["ratio"]}</td><td>{r["target"]}, {r["met"]}</td></tr>' for r in rows]

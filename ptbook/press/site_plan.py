@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .ledger import book_folder
+from ..basics.doors import naming
+from .ledger import book_folder, cells
 
 # %% ../../nbs/13_press/site_plan.ipynb #aa500faf
 @dataclass(frozen=True)
@@ -113,18 +114,24 @@ class Plan:
 def read_plan(
     folder: Path | None = None, # a checkout; None: the book's
 ) -> Plan:
-    "The plan of the book's site. Raises RuntimeError where there is no checkout."
+    "The plan of the book's site. Raises RuntimeError where there is no checkout, ValueError for a _quarto.yml or settings.ini that is none."
     import yaml
     folder = folder or book_folder()
     if not (folder/"_quarto.yml").is_file(): raise RuntimeError(f"the site is made from a checkout of the book; {folder} has no _quarto.yml")
     settings = ConfigParser(delimiters=["="])
-    settings.read(folder/"settings.ini", encoding="utf-8")
-    return Plan(folder, yaml.safe_load((folder/"_quarto.yml").read_text(encoding="utf-8")), dict(settings["DEFAULT"]))
+    with naming(folder/"settings.ini", "file of settings"):
+        settings.read(folder/"settings.ini", encoding="utf-8")
+        said = dict(settings["DEFAULT"])
+    with naming(folder/"_quarto.yml", "plan of a site"):
+        plan = Plan(folder, yaml.safe_load((folder/"_quarto.yml").read_text(encoding="utf-8")), said)
+        plan.sidebar, plan.url, plan.output, plan.wants("") # what everything else takes for granted
+        for entry, _ in plan.reading(): entry.source + entry.text
+    return plan
 
 # %% ../../nbs/13_press/site_plan.ipynb #78bd312b
 def heads(
     plan: Plan,
 ) -> dict[str, tuple[str, str]]: # source -> title, sentence
     "How every notebook of the site opens."
-    def head(source): return opening("".join(json.loads((plan.folder/source).read_text(encoding="utf-8"))["cells"][0]["source"]))[:2]
+    def head(source): return opening("".join(cells(plan.folder/source)[0]["source"]))[:2]
     return {source: head(source) for source in plan.notebooks()}

@@ -11,6 +11,8 @@ import html
 import json
 import re
 
+from ..basics.doors import naming
+from .ledger import cells
 from .refresh import directives
 from .site_api import lines_of, reference
 from .site_pages import fenced
@@ -32,7 +34,7 @@ def figure_title(
     "The title that a cell's code gives to its figure."
     places = {"figure": 0, "seeds_plot": 1, "curves": 1, "suptitle": 0, "set_title": 0}
     try: calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
-    except SyntaxError: return ""
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return "" # ValueError: a NUL character
     for call in calls:
         name, given = ast.unparse(call.func).split(".")[-1], next((k.value for k in call.keywords if k.arg == "title"), None)
         if given is None and name in places and len(call.args) > places[name]: given = call.args[places[name]]
@@ -73,19 +75,20 @@ def prepared(
 ) -> dict: # a notebook
     "A chapter as the renderers want it."
     from nbdev.process import NBProcessor
-    processor = NBProcessor(plan.folder/source, procs=[hide_], process=True)
+    cells(plan.folder/source)
+    with naming(plan.folder/source, "notebook"): processor = NBProcessor(plan.folder/source, procs=[hide_], process=True)
     title, sentence, rest = opening(processor.nb.cells[0].source)
     front = f"---\ntitle: {json.dumps(title, ensure_ascii=False)}\ndescription: {json.dumps(sentence, ensure_ascii=False)}\n---"
-    cells = [{"cell_type": "raw", "source": front}, {"cell_type": "markdown", "source": fenced(actions(plan, source), "{=html}")}]
+    made = [{"cell_type": "raw", "source": front}, {"cell_type": "markdown", "source": fenced(actions(plan, source), "{=html}")}]
     module, heading = "", title
     for cell in processor.nb.cells:
         says, text = cell.get("directives_", {}), rest if cell is processor.nb.cells[0] else cell.source
         if "default_exp" in says: module = f"{plan.settings['lib_name']}.{says['default_exp'][0]}"
         if cell.cell_type == "markdown": heading = next((line.strip("# ") for line in reversed(text.splitlines()) if re.match(r"#+ ", line)), heading)
         if not re.sub(r"^#\|.*$", "", text, flags=re.MULTILINE).strip(): continue # empty, or nothing but directives
-        if cell.cell_type != "code": cells.append({"cell_type": cell.cell_type, "source": text})
-        else: cells += code_cells(plan, cell, module if "export" in says else "", heading)
-    return {"cells": [{"metadata": {}, **cell} for cell in cells], "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+        if cell.cell_type != "code": made.append({"cell_type": cell.cell_type, "source": text})
+        else: made += code_cells(plan, cell, module if "export" in says else "", heading)
+    return {"cells": [{"metadata": {}, **cell} for cell in made], "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def code_cells(

@@ -154,6 +154,7 @@ def outcomes(
     """Outcomes as they come, in any order. The outcome of a point whose worker process died, again and again, is `{"error": why}`.
     Raises ValueError for bad `jobs`, a cluster without cores, or a task that cannot be sent to one."""
     work = functools.partial(_work, task, settings=_environment("PTBOOK_"))
+    if not points: return
     if cluster: yield from _on_ray(work, points, None if jobs is None else as_jobs(jobs), gpus)
     else: yield from _on_processes(work, points, as_jobs(jobs))
 

@@ -101,7 +101,7 @@ def test_nobody_there_is_said_soon(kind, monkeypatch):
         began = time.monotonic()
         with pytest.raises(ConnectionError, match=f"nothing to connect to at 127.0.0.1:{port}"):
             with on_cluster(f"127.0.0.1:{port}"): pass
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 10
 
 
 def test_without_ray(monkeypatch):
@@ -236,44 +236,47 @@ def test_settings_travel(two, monkeypatch):
     assert sweep(task, [{"x": i} for i in range(4)], cluster="auto", progress=False) == [None] * 4
 
 
-def test_a_node_dies_in_mid_run(two, marks, tmp_path):
+def test_a_node_dies_in_mid_run(two, marks, monkeypatch):
+    import ray
+    before = {n["NodeID"] for n in ray.nodes()}
     third = two.add_node(**NODE)
-    exp, node = drawing(), third.unique_id if isinstance(third.unique_id, str) else third.unique_id.hex()
+    victim, = {n["NodeID"] for n in ray.nodes() if n["Alive"]} - before
+    monkeypatch.setenv("PTBOOK_VICTIM", victim)
+    def draws(seed, scale): # the first seed on the third node never ends by itself; the last of the others wait for it to begin
+        victim, folder = os.environ["PTBOOK_VICTIM"], Path(os.environ["PTBOOK_TEST"])
+        if mark(seed) == victim: time.sleep(300)
+        while victim != "none" and seed > 3 and not any(victim in p.name for p in folder.iterdir()): time.sleep(0.05)
+        return {"a": torch.randn(64).sum().item()}
+    exp = experiment("dies", chapter="no.such_chapter", metric="points")(draws)
     def kill():
-        while not any(node in p.name for p in marks.iterdir()) or len(list(marks.iterdir())) < 4: time.sleep(0.02)
+        while not any(victim in p.name for p in marks.iterdir()): time.sleep(0.02)
         third.kill_raylet()
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    there = run(exp, "book", seeds=range(12), progress=False, cluster="auto")
-    killer.join(10)
-    assert not killer.is_alive()
-    twice = {seed for seed, n in begun(marks).items() if n > 1}
-    on_it = {int(p.name.split("-")[0]) for p in marks.iterdir() if node in p.name}
-    assert set(begun(marks)) == set(range(12)) and sum(begun(marks).values()) - 12 == len(twice) <= 1 and twice <= on_it
-    assert there.arms == run(exp, "book", seeds=range(12), jobs=1, progress=False).arms
+    threading.Thread(target=kill, daemon=True).start()
+    there = run(exp, "book", seeds=range(8), progress=False, cluster="auto")
+    there_begun, on_it = begun(marks), [int(p.name.split("-")[0]) for p in marks.iterdir() if victim in p.name]
+    assert len(on_it) == 1 and there_begun == {seed: 1 + (seed in on_it) for seed in range(8)} # what ran there, and nothing else, ran twice
+    monkeypatch.setenv("PTBOOK_VICTIM", "none")
+    assert there.arms == run(exp, "book", seeds=range(8), jobs=1, progress=False).arms
 
 
 # a cluster of one's own
 
-CLI = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ptbook.press.cli import main; main()"
-
-
 def left(): return set(Path("/tmp").glob("ptbook-*")) | ({Path.home() / ".ray"} & set(Path.home().iterdir()))
 
 
-def ptbook(*args, **settings):
-    return subprocess.Popen([sys.executable, "-c", CLI, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, **settings}, start_new_session=True)
+def ptbook(*args):
+    done = subprocess.run([sys.executable, "-c", "from ptbook.press.cli import main; main()", "run", "qwen25", "--scale", "tiny", "--json", *args],
+                          env={**os.environ, "TQDM_DISABLE": "1"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_the_command_on_a_cluster_of_its_own():
     before = left()
-    there, here = (ptbook("run", "qwen25", "--scale", "tiny", "--json", *more) for more in (("--cluster", "local"), ("--jobs", "1")))
-    said = {name: process.communicate(timeout=100) for name, process in (("there", there), ("here", here))}
-    assert there.returncode == here.returncode == 0, said
-    results = [json.loads(out) for out, _ in said.values()]
-    assert all(r.pop("seconds") > 0 for r in results) and results[0] == results[1]
-    assert not said["there"][1].strip() and left() == before
+    (there, err), (here, _) = ptbook("--cluster", "local"), ptbook("--jobs", "1")
+    assert not err.strip() and left() == before
+    there, here = json.loads(there), json.loads(here)
+    assert there.pop("seconds") > 0 < here.pop("seconds") and there == here
 
 
 SCRIPT = """

@@ -185,19 +185,18 @@ def _start(ray, folder: str) -> None:
     "A cluster on this machine, for this process alone."
     with patch.object(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", False): # as on macOS and Windows: the node's address is the loopback one
         os.environ["RAY_AUTH_TOKEN"] = _TOKEN # Ray turns to tokens for a cluster of its own, and would leave one in the home folder
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", object_store_memory=200 * 2**20, _temp_dir=folder)
+        try: ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", object_store_memory=200 * 2**20, _temp_dir=folder)
+        except Exception as e: raise RuntimeError(f"Ray did not start, as may happen where other programs keep all cores busy: {e}") from e
     if any(not re.match(r"127\.|::1$", node["NodeManagerAddress"]) for node in ray.nodes()):
         raise RuntimeError(f"Ray {ray.__version__} would listen to other machines, so nothing was run on it")
 
-def _join(ray, address: str) -> None:
+def _join(ray, address: str, there: tuple[str, int] | None) -> None:
     "The cluster at this address. Raises ConnectionError, or RuntimeError for one with other versions of Ray or Python."
-    if address == "auto": known = ray._private.services.canonicalize_bootstrap_address("auto")
-    else: known = address
-    if known is None: raise ConnectionError("cluster: this machine belongs to no Ray cluster; `local` starts one")
-    host, port = check_address(known)
-    _knock(host, port)
+    if there is None:
+        if (known := ray._private.services.canonicalize_bootstrap_address("auto")) is None: raise ConnectionError("cluster: this machine belongs to no Ray cluster; `local` starts one")
+        _knock(*(there := check_address(known)))
     if address.startswith("ray://") and not find_spec("grpc"): raise RuntimeError("Ray's client is not installed: pip install 'ray[client]'")
-    with patch.object(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", not re.match(r"127\.|localhost$|::1$", host)): # else Ray takes this machine's outward address for the loopback one
+    with patch.object(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", not re.match(r"127\.|localhost$|::1$", there[0])): # else Ray takes this machine's outward address for the loopback one
         ray.init(address, log_to_driver=False, logging_level="error")
 
 # %% ../../nbs/00_basics/cluster.ipynb #281805a4
@@ -206,10 +205,11 @@ def on_cluster(
     address: str | None, # local, auto, host:6379 or ray://host:10001; None changes nothing
 ) -> Iterator[None]:
     """Within it this process is connected to a Ray cluster, which is left as it was found; `local` ends with the context.
-    Raises RuntimeError if ray is not installed, ValueError for a bad address, ConnectionError if nothing answers there."""
+    Raises RuntimeError if ray is not installed or does not start, ValueError for a bad address, ConnectionError if nothing answers there."""
     if address is None: return (yield)
-    check_address(address)
+    there = check_address(address)
     if not find_spec("ray"): raise RuntimeError("Ray is not installed: pip install 'ptbook[scale]'")
+    if there: _knock(*there)
     environment, handler, folder = _environment("RAY_", "PYTHONBREAKPOINT"), signal.getsignal(signal.SIGTERM), None
     import ray
     if ray.is_initialized():
@@ -218,7 +218,7 @@ def on_cluster(
     try:
         os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
         if address == "local": _start(ray, folder := tempfile.mkdtemp(prefix="ptbook-", dir="/tmp" if os.name == "posix" else None)) # not $TMPDIR: the path of a socket must be short
-        else: _join(ray, address)
+        else: _join(ray, address, there)
         yield
     finally:
         ray.shutdown()

@@ -29,7 +29,8 @@ def two():
     "A cluster of two nodes with a core each, and this process connected to it."
     folder = tempfile.mkdtemp(prefix="ptbook-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder), patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder), patch.setenv("RAY_USAGE_STATS_ENABLED", "0"), patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        module._quick_start(folder)
         import ray
         from ray.cluster_utils import Cluster
         made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "no_monitor": True}, shutdown_at_exit=True)

@@ -181,8 +181,15 @@ def _knock(host: str, port: int, seconds: float = 5) -> None:
 # %% ../../nbs/00_basics/cluster.ipynb #282e5ce2
 _TOKEN = secrets.token_hex(32) # one for the process: Ray remembers the first it was given
 
+def _quick_start(folder: str) -> None:
+    """Spare Ray's helpers what makes up most of their start where JupyterLab is installed: `jsonschema`, which they import, builds a grammar of web
+    addresses that none of them needs, and does without if its module is empty. A node gives its helpers 15 seconds."""
+    Path(folder, "rfc3987_syntax.py").touch()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+
 def _start(ray, folder: str) -> None:
     "A cluster on this machine, for this process alone."
+    _quick_start(folder)
     with patch.object(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", False): # as on macOS and Windows: the node's address is the loopback one
         os.environ["RAY_AUTH_TOKEN"] = _TOKEN # Ray turns to tokens for a cluster of its own, and would leave one in the home folder
         try: ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", object_store_memory=200 * 2**20, _temp_dir=folder)
@@ -210,7 +217,7 @@ def on_cluster(
     there = check_address(address)
     if not find_spec("ray"): raise RuntimeError("Ray is not installed: pip install 'ptbook[scale]'")
     if there: _knock(*there)
-    environment, handler, folder = _environment("RAY_", "PYTHONBREAKPOINT"), signal.getsignal(signal.SIGTERM), None
+    environment, handler, folder = _environment("RAY_", "PYTHONBREAKPOINT", "PYTHONPATH"), signal.getsignal(signal.SIGTERM), None
     import ray
     if ray.is_initialized():
         if address != "auto": raise ValueError(f"cluster: got {address!r}, but this process is connected to a cluster already; auto means that one")
@@ -224,7 +231,7 @@ def on_cluster(
         ray.shutdown()
         if folder: shutil.rmtree(folder, ignore_errors=True)
         if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)
-        for name in _environment("RAY_", "PYTHONBREAKPOINT"): del os.environ[name]
+        for name in _environment("RAY_", "PYTHONBREAKPOINT", "PYTHONPATH"): del os.environ[name]
         os.environ.update(environment)
 
 # %% ../../nbs/00_basics/cluster.ipynb #b4cb291c

@@ -11,21 +11,19 @@ import functools
 import math
 import operator
 import os
-import random
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
+from .cluster import alone, as_jobs, on_cluster, outcomes
 from .results import (
     Report, SeedFailed, check_values, code_hash, forget_seeds, function_hash, gather, is_exported, kept_seeds, module_source,
     results_folder, save_report, versions, write_json)
@@ -205,28 +203,12 @@ def claim(
     return made
 
 # %% ../../nbs/00_basics/claims.ipynb #b0fdbf91
-@contextmanager
-def _alone(seed: int): # one thread and every generator at `seed`; afterwards all is as before
-    import scipy.linalg, torch  # noqa: E401  here, so that the limit below holds for their threads too
-    from threadpoolctl import threadpool_limits
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # for libraries the experiment loads
-    threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), patch.dict(os.environ, dict.fromkeys(names, "1")):
-        try:
-            torch.set_num_threads(1), random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-            with threadpool_limits(1): yield
-        finally: torch.set_num_threads(threads), random.setstate(states[0]), np.random.set_state(states[1])
-
-# %% ../../nbs/00_basics/claims.ipynb #0e09344b
-def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None, env: dict[str, str]) -> dict:
+def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None) -> dict:
     "One seed, wherever it runs: its values, or what went wrong."
     from ptbook.basics.sources import recording
-    for name in [n for n in os.environ if n.startswith("PTBOOK_") and n not in env]: del os.environ[name]
-    os.environ.update(env)  # a worker may be older than a setting
     started = time.perf_counter()
     try:
-        with _alone(seed), recording() as data: returned = exp(seed, scale, source)
+        with alone(seed), recording() as data: returned = exp(seed, scale, source)
     except (Exception, SystemExit) as e:
         trace = e.__traceback__.tb_next or e.__traceback__
         return {"seed": seed, "error": "".join(traceback.format_exception(type(e), e, trace))}
@@ -234,57 +216,17 @@ def _run_seed(exp: Experiment, seed: int, scale: Scale, source: str | None, env:
     except ValueError as e: return {"seed": seed, "invalid": str(e)}
     return {"seed": seed, "values": values, "data": list(data), "seconds": time.perf_counter() - started, "versions": versions()}
 
-# %% ../../nbs/00_basics/claims.ipynb #df13bbe2
-def _parallel(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterable[dict]:
-    "joblib on whatever backend `joblib.parallel_config` chose, results as they come where the backend can."
-    from joblib import Parallel, delayed, parallel
-    backend = parallel.get_active_backend()[0]
-    streams = getattr(backend, "supports_return_generator", False)
-    rest = {"idle_worker_timeout": 5} if type(backend).__name__ == "LokyBackend" else {} # seconds; else a process that forked would wait five minutes for its workers
-    workers = Parallel(max(2, min(jobs, len(seeds))), batch_size=1, pre_dispatch="all", return_as="generator_unordered" if streams else "list", **rest)
-    return workers(delayed(task)(seed) for seed in seeds)
-
-def _outcomes(seeds: Sequence[int], task: Callable[[int], dict], jobs: int) -> Iterator[dict]:
-    "Every seed's outcome. Seeds in flight when a worker died are tried once more, each by itself; those of an experiment that cannot be sent to a worker are run here."
-    from joblib import parallel
-    waiting = list(seeds)
-    if jobs == 1 or getattr(parallel.get_active_backend()[0], "uses_threads", False): return (yield from map(task, waiting))
-    while waiting:
-        try:
-            for outcome in _parallel(waiting, task, jobs):
-                waiting.remove(outcome["seed"])
-                yield outcome
-        except Exception as e:
-            if type(e).__name__ == "PicklingError" or "un-serialize" in str(e): return (yield from map(task, waiting)) # a notebook's cached function, for instance
-            if not isinstance(e, BrokenExecutor): raise
-            # started in order: those in flight are among the first `jobs`
-            for seed in waiting[:jobs]:
-                try: yield from _parallel([seed], task, jobs)
-                except BrokenExecutor as e: yield {"seed": seed, "error": _death(e)}
-            waiting = waiting[jobs:]
-
-def _death(e: BrokenExecutor) -> str:
-    codes = re.search(r"exit codes of the workers are \{(.*)\}", str(e))
-    return f"its worker process died twice, the second time alone: {codes[1] if codes else e}\n{e.__cause__ or ''}"
-
-# %% ../../nbs/00_basics/claims.ipynb #422749fd
-def _jobs(jobs: int | None) -> int:
-    given = os.environ.get("PTBOOK_JOBS") or os.cpu_count() if jobs is None else jobs
-    try: number = int(given)
-    except (TypeError, ValueError): number = 0
-    if number < 1: raise ValueError(f"jobs: got {given!r}, wanted a whole number of processes, at least 1")
-    return number
-
+# %% ../../nbs/00_basics/claims.ipynb #0e09344b
 def world() -> tuple[int, int]: # this process's number, how many a launcher (torchrun, `accelerate launch`) has started
     "What the launcher wrote into the environment; (0, 1) without one."
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys() else (0, 1)
 
-def _together(task: Callable[[int], dict], seeds: Sequence[int]) -> Iterator[dict]:
-    "Every seed's outcome, one seed after the other, all processes at work on each. A seed that fails in one process ends it, so that the launcher ends the others, who may be waiting for it."
+def _together(task: Callable[[int], dict], seeds: Sequence[int]) -> Iterator[tuple[int, dict]]: # place, outcome
+    "One seed after the other, all processes at work on each. A seed that fails in one process ends it, so that the launcher ends the others, who may be waiting for it."
     from ptbook.basics.processes import shared_batches
     with shared_batches():
-        for seed in seeds:
-            yield (outcome := task(seed))
+        for place, seed in enumerate(seeds):
+            yield place, (outcome := task(seed))
             if "error" in outcome: return
 
 def _agreed(value: Any) -> Any:
@@ -297,20 +239,19 @@ def _agreed(value: Any) -> Any:
     join(), PartialState(cpu=not torch.accelerator.is_available())
     return broadcast_object_list([value])[0]
 
-def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, source, jobs: int, progress: bool, where: Path | None):
+def _complete(found: dict[int, dict], exp: Experiment, seeds, scale: Scale, source, jobs: int | None, cluster: str | None, progress: bool, where: Path | None):
     "Run the seeds not yet in `found`. Raises SeedFailed, or ValueError for a value that is none, when all the others are done."
     from tqdm.auto import tqdm
     rank, processes = world()
-    env = {k: v for k, v in os.environ.items() if k.startswith("PTBOOK_")}
-    task = functools.partial(_run_seed, exp, scale=scale, source=source, env=env)
+    task, waiting = functools.partial(_run_seed, exp, scale=scale, source=source), [s for s in seeds if s not in found]
     failed, quiet = {}, {} if progress and not rank else {"disable": True}
-    with tqdm(total=len(seeds), initial=len(found), desc=exp.slug, unit="seed", leave=False, **quiet) as bar:
-        waiting = [s for s in seeds if s not in found]
-        for outcome in _together(task, waiting) if processes > 1 else _outcomes(waiting, task, jobs):
-            seed, good = outcome["seed"], "values" in outcome
-            (found if good else failed)[seed] = outcome
-            if good and where and not rank: write_json(where / f"seed-{seed}.json", outcome)
-            bar.update()
+    with on_cluster(cluster if waiting else None), tqdm(total=len(seeds), initial=len(found), desc=exp.slug, unit="seed", leave=False, **quiet) as bar:
+        with closing(_together(task, waiting) if processes > 1 else outcomes(task, waiting, jobs, cluster is not None)) as coming:
+            for place, outcome in coming:
+                seed, good = waiting[place], "values" in outcome
+                (found if good else failed)[seed] = outcome
+                if good and where and not rank: write_json(where / f"seed-{seed}.json", outcome)
+                bar.update()
     errors = {s: o["error"] for s, o in sorted(failed.items()) if "error" in o}
     if errors: raise SeedFailed(exp.slug, errors, sorted(found), where)
     if failed: raise ValueError("\n".join(o["invalid"] for _, o in sorted(failed.items())))
@@ -321,16 +262,18 @@ def run(
     scale: Scale | str | None = None, # tiny, book or full; None is `PTBOOK_SCALE`, else book
     seeds: str | int | Iterable[int] | None = None, # other seeds than the scale's: printed, never saved
     source: str | None = None, # one of the experiment's `sources`, instead of its own data
-    jobs: int | None = None, # processes; None is `PTBOOK_JOBS`, else the cores; 1 stays in this process
+    jobs: int | None = None, # processes; None is `PTBOOK_JOBS`, else the cores; 1 stays in this process. On a cluster: seeds at the same time; None is all
     progress: bool = True, # show a bar
     folder: str | Path | None = None, # where results are kept; None is `results_folder()`, for chapters of the book
+    cluster: str | None = None, # where a Ray cluster is, as `on_cluster` says; None: processes of this machine
 ) -> Report:
     """Run every seed in a process of its own with one thread, judge the claims, and keep the result.
-    Raises SeedFailed if a seed raises or its process dies, ValueError for bad arguments and values."""
-    scale, jobs, started = as_scale(scale), _jobs(jobs), time.perf_counter()
+    Raises SeedFailed if a seed raises or its process dies, ValueError for bad arguments and values; with `cluster`, what `on_cluster` does."""
+    scale, jobs, started = as_scale(scale), jobs if cluster and jobs is None else as_jobs(jobs), time.perf_counter()
     seeds = scale.seeds if seeds is None else parse_seeds(seeds)
     if source is not None and source not in exp.sources:
         raise ValueError(f"source: {exp.slug!r} cannot run on {source!r}, wanted one of {', '.join(exp.sources) or 'none: it has its own data'}")
+    if cluster and world()[1] > 1: raise ValueError(f"cluster: got {cluster!r} in one of {world()[1]} processes of a launcher, who share every seed; wanted one of the two")
     asked, name = folder or os.environ.get("PTBOOK_RESULTS"), ".".join(filter(None, (exp.slug, scale.name, source)))
     exported, code = is_exported(exp.function, exp.chapter), function_hash(exp.function, exp.chapter)
     place = Path(asked or results_folder(writing=True)) if asked or module_source(exp.chapter) else None
@@ -338,7 +281,7 @@ def run(
     if where: where.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found now, not after the work
     found, (rank, processes) = _agreed(kept_seeds(where, seeds)), world()
     started -= sum(o["seconds"] for o in found.values())
-    _complete(found, exp, seeds, scale, source, jobs, progress, where)
+    _complete(found, exp, seeds, scale, source, jobs, cluster, progress, where)
     kept = gather(exp.slug, [found[s] for s in seeds])
     if processes > 1: kept["machine"]["processes"] = processes
     report = Report(exp.slug, exp.chapter, exp.metric, scale.name, source, seconds=round(time.perf_counter() - started, 3),

@@ -181,15 +181,17 @@ def run(
     seeds: Annotated[Optional[str], typer.Option(metavar="FIRST:END", help="Which seeds, such as 0:5. [default: the scale's]")] = None,
     source: Annotated[Optional[str], typer.Option(metavar="NAME", help="Real data instead of the synthetic world.")] = None,
     jobs: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="Seeds run at the same time. [default: PTBOOK_JOBS, or one per core]")] = None,
+    cluster: Annotated[Optional[str], typer.Option(metavar="ADDRESS", help="Run on Ray: local, auto, host:6379 or ray://host:10001.")] = None,
     as_json: Json = False,
 ) -> None:
     "Measure a paper's claim over several seeds and print the verdict."
-    from ptbook.basics import claims
+    from ptbook.basics import claims, cluster as clusters
+    if cluster: clusters.check_address(cluster)
     chosen = claims.as_scale(scale).seeds if seeds is None else claims.parse_seeds(seeds)
     with clean_stdout(as_json):
         experiment = find(slug)
         check_source(source, experiment.sources, slug)
-        try: report = claims.run(experiment, scale=scale, seeds=chosen, source=source, jobs=jobs)
+        try: report = claims.run(experiment, scale=scale, seeds=chosen, source=source, jobs=jobs, cluster=cluster)
         except ValueError as error: raise RunFailed(str(error)) from error
     if claims.world()[0]: return # under a launcher the first process speaks
     if as_json: print_json(report.to_dict())

@@ -200,7 +200,8 @@ def kept_rows(
 ) -> dict[str, dict]: # set -> its record
     "All measurements that are kept, in the order of the sets."
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder or speed_folder()).glob("*.json"))}
-    return {name: found[name] for name in sorted(found, key=["basics", *ELSEWHERE].index)}
+    order = ["basics", *ELSEWHERE]
+    return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order))}
 
 
 def changed(

@@ -196,16 +196,17 @@ def roofline(
     "Draw the roof and the points below it; returns the axes."
     fig, ax = figure(title, "operations per byte of memory traffic", "billion operations per second", size=(8.6, 5.0))
     reached = list(reached)
-    low, high = min(0.05, *(r.intensity / 2 for r in reached)), max(100.0, *(r.intensity * 4 for r in reached))
+    low, high = min(0.05, *(r.intensity / 2 for r in reached)), max(100.0, *(r.intensity * 12 for r in reached))
     x = np.geomspace(low, high, 200)
     ax.plot(x, np.minimum(limits.peak, x * limits.bandwidth) / 1e9, "-", color=INK, linewidth=2.5)
     ax.plot(x, np.minimum(limits.peak, x * limits.bandwidth) / 2e9, ":", color=GREY, linewidth=1.5)
     for r, colour in zip(reached, PALETTE * len(reached)):
         ax.plot(r.intensity, r.work.flops / r.seconds / 1e9, "o", color=colour, markersize=8)
-        ax.annotate(r.work.name, (r.intensity, r.work.flops / r.seconds / 1e9), xytext=shift.get(r.work.name, (8, -4)), textcoords="offset points", fontsize=11)
-    ax.text(low * 1.15, limits.bandwidth * low * 1.5 / 1e9, f"memory, {limits.bandwidth / 1e9:.0f} GB/s", rotation=0, fontsize=11, va="bottom")
-    ax.text(high / 1.1, limits.peak * 1.12 / 1e9, f"products, {limits.peak / 1e9:.0f} GFLOP/s", ha="right", fontsize=11)
+        ax.annotate(r.work.name, (r.intensity, r.work.flops / r.seconds / 1e9), xytext=shift.get(r.work.name, (8, -4)), textcoords="offset points", fontsize=11, bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.5))
+    ax.text(low * 1.6, limits.bandwidth * low * 2.1 / 1e9, f"memory, {limits.bandwidth / 1e9:.0f} GB/s", rotation=math.degrees(math.atan(2.1 / 1.6 * limits.bandwidth / 1e9)), rotation_mode="anchor", transform_rotates_text=True, fontsize=11)
+    ax.text(limits.ridge * 1.3, limits.peak * 1.25 / 1e9, f"products, {limits.peak / 1e9:.0f} GFLOP/s", fontsize=11)
     ax.set(xscale="log", yscale="log", xlim=(low, high))
+    ax.set_ylim(top=limits.peak * 2.5 / 1e9)
     return ax
 
 # %% ../../nbs/13_press/bench_limits.ipynb #32b6f017

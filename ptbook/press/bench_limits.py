@@ -9,9 +9,10 @@ __all__ = ['KINDS', 'DATA_SHEET', 'turns', 'flops', 'Work', 'step_work', 'produc
            'gpu_pretraining']
 
 # %% ../../nbs/13_press/bench_limits.ipynb #ff4c0409
-import math, os, re, statistics, tempfile, time
+import math, os, re, tempfile, time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,17 @@ def roofline(
 KINDS = { # kind -> what the names of its operations look like
     "products": r"aten::(add|b|badd)?mm$", "attention": r"flash_attention|scaled_dot_product", "optimiser": r"_fused_adam", "norms": r"layer_norm|rms_norm"}
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    "Nothing reaches standard error, where the profiler's C++ part announces itself."
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
+
+
 def where_time_goes(
     f: Callable[[], object],
     calls: int = 3,
@@ -220,7 +232,7 @@ def where_time_goes(
     "The shares of matrix products, attention, norms, optimiser, other operations and Python."
     from torch.profiler import ProfilerActivity, profile
     f()
-    with undisturbed(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with undisturbed(), _hushed(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         begun = time.perf_counter()
         for _ in range(calls): f()
         seconds = time.perf_counter() - begun

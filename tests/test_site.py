@@ -257,7 +257,7 @@ def test_a_reader_can_choose_the_theme(base, browser):
 def test_axe_finds_nothing_serious(base, browser, theme):
     from axe_playwright_python.sync_playwright import Axe
     found = []
-    for path in ("nbs/index.html", "nbs/01_tour.html", "nbs/05_merge/soups.html", "nbs/05_merge/index.html", "ledger.html", "speed.html"):
+    for path in ("nbs/index.html", "nbs/01_tour.html", "nbs/05_merge/soups.html", "nbs/05_merge/index.html", "ledger.html", "nbs/14_speed.html"):
         page, _ = watched(browser, "desktop", theme)
         page.goto(base + path)
         page.evaluate("for (const box of document.querySelectorAll('details')) box.open = true")

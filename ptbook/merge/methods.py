@@ -60,7 +60,8 @@ def trim(
     least: float, # as `cut` gives it
 ) -> Tensor: # the same memory
     "Set what is smaller in magnitude than `least` to zero."
-    return delta.masked_fill_(delta.abs() < least, 0)
+    below = torch.nextafter(delta.new_tensor(least), delta.new_tensor(-1.0)).item() # hardshrink drops what is equal, too
+    return torch.hardshrink(delta, below, out=delta)
 
 # %% ../../nbs/05_merge/methods.ipynb #19841a84
 def consensus(
@@ -70,13 +71,12 @@ def consensus(
 ) -> Tensor:
     "Elect a sign for each entry by summed mass; merge the changes that have it."
     changes = [tau.mul_(w) for tau, w in zip(changes, weights)]
-    up = linear(changes, [1.0] * len(changes)) >= 0
+    sign = linear(changes, [1.0] * len(changes)).ge_(0).mul_(2).sub_(1) # 1 or -1
     total, share = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
     for tau, w in zip(changes, weights):
-        agree = (tau > 0).eq_(up).logical_and_(tau != 0)
-        total.add_(tau.mul_(agree))
-        if normalize: share.add_(agree, alpha=w)
-    return total.div_(share.masked_fill_(share == 0, 1)) if normalize else total
+        total.add_(tau.mul_(sign).clamp_(min=0)) # what agrees is now positive
+        if normalize: share.add_(tau > 0, alpha=w)
+    return (total.div_(share.masked_fill_(share == 0, 1)) if normalize else total).mul_(sign)
 
 # %% ../../nbs/05_merge/methods.ipynb #5d4fd775
 BLOCK = 1 << 18 # entries that are worked on at a time: a mebibyte of float32

@@ -235,11 +235,14 @@ def ledger(as_json: Json = False) -> None:
 @app.command(rich_help_panel="Measure")
 def bench(
     name: Annotated[str, typer.Argument(help="A set of benchmarks, or 'all'.")] = "all",
+    repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="Timings of each side; what takes minutes is timed less often.")] = 8,
+    save: Annotated[bool, typer.Option("--save", help="Keep it in results/speed, for the page on speed.")] = False,
     as_json: Json = False,
 ) -> None:
     "Time the library beside its peers, in turns, and print the ratios."
     from ptbook.press import bench as benches
-    with clean_stdout(as_json): rows = benches.bench(name, say=note)
+    def keep(*measured) -> None: note(f"kept in {benches.keep_rows(*measured, repetitions)}")
+    with clean_stdout(as_json): rows = benches.bench(name, repetitions, say=note, keep=keep if save else None)
     if as_json: return print_json(rows)
     print(benches.bench_text(rows))
 

@@ -226,7 +226,6 @@ def on_cluster(
         os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
         if address == "local": _start(ray, folder := tempfile.mkdtemp(prefix="ptbook-", dir="/tmp" if os.name == "posix" else None)) # not $TMPDIR: the path of a socket must be short
         else: _join(ray, address, there)
-        ray._private.ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs") # it tells of every death at length; the outcome does so in a line
         yield
     finally:
         ray.shutdown()

@@ -206,7 +206,7 @@ except CheckpointError as error:
     assert first == second, "both processes hold the same run"
     assert max(abs(a - b) for a, b in zip(first[0], one.losses, strict=True)) < 1e-5
     assert (tmp_path / "refused0").exists() and (tmp_path / "refused1").exists()
-    with pytest.raises(ValueError, match="processes was 2, now 1"): quiet(bare(), loss, rows(4), 20, folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="micro-batches per update was 2, now 1"): quiet(bare(), loss, rows(4), 20, folder=tmp_path / "run")
 
 
 def test_accumulating_two_equals_twice_the_batch():

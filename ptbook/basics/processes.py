@@ -6,7 +6,7 @@
 __all__ = ['on_processes', 'Shares', 'shared_batches', 'dealt', 'join', 'sharding', 'gather_into', 'reshard', 'sharded', 'config']
 
 # %% ../../nbs/00_basics/processes.ipynb #ecdf7c0a
-import copy, os, uuid
+import copy, logging, os, signal, uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +28,8 @@ def _worker(function: Callable, args: tuple) -> Any:
     from accelerate.state import AcceleratorState, GradientState, PartialState
     for state in (AcceleratorState, PartialState, GradientState): state._reset_state()
     torch.set_num_threads(1) # others would be missing after the fork
+    for asked in (signal.SIGTERM, signal.SIGHUP): signal.signal(asked, signal.SIG_DFL) # not as the launcher takes them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = function(*args) # an error is not kept waiting: the others must not be the first to complain
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     return given
@@ -51,7 +53,8 @@ def on_processes(
     wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if fsdp else {"ACCELERATE_USE_FSDP": "false"}
     wanted |= {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"} # seconds to leave in, when another has died
     if not torch.accelerator.is_available() and os.path.isdir("/sys/class/net/lo"): wanted["GLOO_SOCKET_IFNAME"] = "lo"
-    with patch.dict(os.environ, wanted):
+    reports = [patch.object(logging.getLogger(name), "disabled", True) for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")]
+    with patch.dict(os.environ, wanted), reports[0], reports[1]: # of a death that is raised below, or mended by a restart
         try: given = elastic_launch(machine, record(_worker))(function, args)
         except ChildFailedError as error: raise RuntimeError(str(error)) from None
     return [given[rank] for rank in range(n)]

@@ -308,13 +308,13 @@ def fit(
     seed: int = 0, # of dropout and whatever else the loss draws
     folder: str | Path | None = None, # for checkpoints; a run found there is resumed
     save_every: int | None = None, # steps; a tenth of the run if None
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None, # called in eval mode, without gradients
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None, # called in eval mode, without gradients, in every process
     eval_every: int | None = None, # steps; only at the end if None
     trackers: Any = None, # for accelerate: names, or GeneralTracker objects
     progress: bool = True, # a bar with loss and bits
     live: bool = False, # in a notebook, a plot redrawn once a second
 ) -> Run:
-    """Minimise `loss` with AdamW on whatever machine accelerate finds. Process r of N reads `batches[(step * accumulate + a) * N + r]`.
+    """Minimise `loss` with AdamW on whatever machine accelerate finds, the model whole in every process or sharded (FSDP). Process r of N reads `batches[(step * accumulate + a) * N + r]`.
     Raises `ValueError` on bad input or if `folder` holds another run, `NonFiniteLoss`, `Interrupted` (a `KeyboardInterrupt`; everything is kept)
     and `CheckpointError`; these three carry the `.run`."""
     settings = _settings(model, loss, steps, lr, schedule, warmup, weight_decay, betas, clip, accumulate, precision, seed)

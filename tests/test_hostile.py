@@ -402,3 +402,48 @@ def test_a_fault_made_on_purpose(fault, child, tmp_path):
     reader, make, wanted = FAULTS[fault]
     told = hold(child, reader, make(tmp_path/"given"), fault)
     assert wanted == "any" or told["outcome"] == wanted, (fault, told)
+
+
+# Nothing unpickles
+
+class Evil:
+    "Unpickled, it leaves a file behind."
+    def __init__(self, canary: Path): self.canary = canary
+    def __reduce__(self): return Path.touch, (self.canary,)
+
+PICKLED = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "model.pkl", "0.npy", "state.npz", "model.pt", "trainer_state.bin", "tokenizer.pickle", "stats.pickle")
+
+def poisoned(path: Path, canary: Path, instead: tuple[str, ...] = ()) -> Path:
+    "A folder with pickles beside everything in it, and in the place of its weights."
+    import pickle
+    for at in [path, *(p for p in path.rglob("*") if p.is_dir())]:
+        for name in PICKLED: write(at/name, pickle.dumps(Evil(canary)))
+    for name in instead: write(path/name, pickle.dumps(Evil(canary)))
+    return path
+
+@pytest.mark.parametrize("instead", [False, True], ids=["beside", "instead"])
+@pytest.mark.parametrize("reader", [reader for reader, (_, kinds, _) in GOOD.items() if "" not in kinds])
+def test_a_pickle_stays_a_pickle(reader, instead, child, tmp_path):
+    make, kinds, name = GOOD[reader]
+    path = make(tmp_path/name)
+    weights = [file for file in kinds if file.endswith((".safetensors", ".parquet", ".gz", ".logits"))] if instead else []
+    told = hold(child, reader, poisoned(path, tmp_path/"canary", tuple(weights)), "pickles")
+    assert not (tmp_path/"canary").exists() and told["outcome"] == ("refused" if any(w.endswith((".safetensors", ".logits")) for w in weights) else told["outcome"])
+
+
+@pytest.mark.parametrize("reader, make", [("from_hf", model_folder), ("language model", causal_folder)])
+@pytest.mark.parametrize("kind", ["bert", "strange"])
+def test_code_that_a_model_brings_is_not_run(reader, make, kind, child, tmp_path):
+    path = make(tmp_path/"model")
+    said = json.loads((path/"config.json").read_text())
+    write(path/"config.json", said | {"model_type": said["model_type"] if kind == "bert" else kind, "auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoTokenizer")}})
+    if (path/"tokenizer_config.json").exists(): write(path/"tokenizer_config.json", json.loads((path/"tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    write(path/"evil.py", f"open({str(tmp_path/'canary')!r}, 'w')\nclass Evil: pass\n")
+    assert hold(child, reader, path, "code")["outcome"] == ("read" if kind == "bert" else "refused") and not (tmp_path/"canary").exists()
+
+
+def test_the_guard_itself(child, tmp_path):
+    "What reads a pickle is seen."
+    import pickle
+    (tmp_path/"a.pickle").write_bytes(pickle.dumps(Evil(tmp_path/"canary")))
+    assert child.ask("unsafe", tmp_path/"a.pickle")["touched"] and (tmp_path/"canary").exists()

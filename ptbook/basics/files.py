@@ -78,8 +78,9 @@ def read_csv(path: Path, column: str) -> pa.Table:
     "A CSV file with a header; in the text column every cell is the text it is. Raises ValueError naming a file that is none."
     import pandas as pd
     text = read_text(path)
-    with naming(path, "CSV file"):
-        frame = pd.read_csv(io.StringIO(text), keep_default_na=False, dtype={column: str})
+    with naming(path, "CSV file"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning): # a row longer than the header
+        if max(map(len, (line.split(",") for line in text[:1_000_000].splitlines()[:2])), default=0) > 10_000: raise ValueError("more than 10,000 columns")
+        frame = pd.read_csv(io.StringIO(text), keep_default_na=False, dtype={column: str}, index_col=False)
         return pa.table({k: frame[k].tolist() for k in frame})
 
 # %% ../../nbs/00_basics/files.ipynb #97998bd3

@@ -298,16 +298,16 @@ def sparse(path: Path, size: int = 10 ** 12) -> Path:
 
 def columns(path: Path, n: int = 40_000) -> Path: return write(path, "\n".join(json.dumps({"text": "a", f"k{i}": 0}) for i in range(n)))
 
-def one_text_a_million_times(path: Path, nested: bool = False) -> Path:
+def one_text_many_times(path: Path, nested: bool = False, times: int = 300_000) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "a" * 300_000
-    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(300_000, np.int32)), [text])
-    pq.write_table(pa.table({"text": column if not nested else ["a"] * 300_000} | ({"deep": pa.StructArray.from_arrays([column], ["a"])} if nested else {})), path, store_schema=False)
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), [text])
+    pq.write_table(pa.table({"text": column if not nested else ["a"] * times} | ({"deep": pa.StructArray.from_arrays([column], ["a"])} if nested else {})), path, store_schema=False)
     return path
 
-def inflating(path: Path) -> Path: # a dictionary of one text that is half a gibibyte large once it is inflated
+def inflating(path: Path) -> Path: # a dictionary of one text that is 300 MiB large once it is inflated
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": pa.array(["a" * (512 * MB), "b"])}), path, compression="zstd")
+    pq.write_table(pa.table({"text": pa.array(["a" * (300 * MB), "b"])}), path, compression="zstd")
     return path
 
 def nulls(path: Path, rows: int = 300_000_000) -> Path:
@@ -371,11 +371,11 @@ FAULTS = {
     **{f"jsonl: {len(d)} brackets": ("jsonl", lambda p, d=d: write(p/"a.jsonl", '{"text": "a b", "d": ' + d + '}\n{"text": "c"}'), "read" if len(d) < 200 else "refused") for d in DEEP},
     **{f"records: {len(d)} brackets": ("select", lambda p, d=d: write(p/"a.jsonl", ('{"text": "a b c d e", "d": ' + d + ', "domain": ' + d + "}\n") * 3 + '{"text": "c d"}').parent/"a.jsonl", "read") for d in DEEP},
     "csv: a row of a million cells": ("csv", lambda p: write(p/"a.csv", "text\n" + "," * 10 ** 6), "any"), "csv: a quote without end": ("csv", lambda p: write(p/"a.csv", 'text\n"' + "a\n" * MB), "any"), "csv: two columns of one name": ("csv", lambda p: write(p/"a.csv", "text,text\na,b\nc,d"), "read"),
-    "parquet: one text 300,000 times": ("parquet", lambda p: one_text_a_million_times(p/"a.parquet"), "refused"), "parquet: the same in a structure": ("parquet", lambda p: one_text_a_million_times(p/"a.parquet", True), "refused"),
+    "parquet: one text 300,000 times": ("parquet", lambda p: one_text_many_times(p/"a.parquet"), "refused"), "parquet: the same in a structure": ("parquet", lambda p: one_text_many_times(p/"a.parquet", True), "refused"),
     "parquet: a page that inflates": ("parquet", lambda p: inflating(p/"a.parquet"), "refused"), "parquet: 300 million times nothing": ("parquet", lambda p: nulls(p/"a.parquet"), "refused"), "parquet: a footer beyond the file": ("parquet", lambda p: write(p/"a.parquet", b"PAR1" + b"x" * 50 + struct.pack("<I", 2 ** 31 - 1) + b"PAR1"), "refused"),
     "load: features that are none": ("load", lambda p: put(pa.table({"text": ["a b", "c d"]}).replace_schema_metadata({"huggingface": '{"info": {"features": {"text": {"_type": "Evil"}}}}'}), p/"a.parquet"), "any"),
     "parquet: text that is not UTF-8": ("parquet", lambda p: put(pa.table({"text": pa.array([b"\xff\xfe", b"ab"]).view(pa.string())}), p/"a.parquet"), "refused"), "parquet: two columns of one name": ("parquet", lambda p: put(pa.table([["a"], ["b"]], ["text", "text"]), p/"a.parquet"), "refused"),
-    "records: one text 300,000 times": ("records: parquet", lambda p: one_text_a_million_times(p/"a.parquet"), "read"), "records: a page that inflates": ("records: parquet", lambda p: inflating(p/"a.parquet"), "read"),
+    "records: one text 3,000 times": ("records: parquet", lambda p: one_text_many_times(p/"a.parquet", times=3000), "read"), "records: a page that inflates": ("records: parquet", lambda p: inflating(p/"a.parquet"), "read"),
     "records: a gibibyte in a megabyte": ("records: jsonl.gz", lambda p: bomb_gz(p/"a.jsonl.gz", b'{"text": "a b"}\n', b"\n", 1100, b'{"text": "c d"}\n'), "read"), "records: a line without end": ("records: jsonl.gz", lambda p: bomb_gz(p/"a.jsonl.gz", b'{"text": "', b"a", 1100), "read"),
     "records: a line of lists": ("records: jsonl", lambda p: write(p/"a.jsonl", b'{"text": "a", "x": [' + b"[]," * (20 * MB) + b"[]]}"), "read"), "records: text without a blank line": ("records: text", lambda p: write(p/"a.txt", (b"line of text\n" * (MB // 13)) * 300), "read"),
     "records: a terabyte of text": ("records: folder", lambda p: sparse(p/"in/a.txt").parent, "read"), "folder: odd names": ("folder", lambda p: odd_names(p/"in"), "read"), "records: odd names": ("records: folder", lambda p: odd_names(p/"in"), "read"), "select: odd names": ("select", lambda p: odd_names(p/"in"), "read"),

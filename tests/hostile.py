@@ -226,6 +226,10 @@ def run_folder(path: Path) -> None:
     [found.file(path, "kept", shard) for shard in range(len(found.shards))]
     collect(path)
 
+def unsafe(path: Path) -> None: # what no reader of the book may be
+    import pickle
+    pickle.loads(path.read_bytes())
+
 def checked_site(path: Path) -> None:
     from ptbook.press.site_check import check
     check(path)
@@ -246,5 +250,5 @@ WARM = [warm_up]
 READERS = {"text": own, "jsonl": own, "csv": own, "parquet": own, "folder": own, "load": loaded, "mirror": mirror, "wav": wav, "records: jsonl": records, "records: jsonl.gz": records, "records: parquet": records,
            "records: text": records, "records: folder": records, "select": selected, "adapter": adapter, "merge": merge, "merge: two folders": alike, "checkpoint": checkpoint, "checkpoint: weights": weights_alone,
            "stored logits": store, "from_hf": network, "language model": language_model, "result": result, "results": results, "kept seeds": seeds, "embedded cache": cache, "papers": papers,
-           "site: plan": plan, "site: pages": pages, "site: check": checked_site, "readme": readme, "refresh": refreshed, "run folder": run_folder}
+           "site: plan": plan, "site: pages": pages, "site: check": checked_site, "readme": readme, "refresh": refreshed, "run folder": run_folder, "unsafe": unsafe}
 NAMELESS = {"wav"} # reads bytes, not a file

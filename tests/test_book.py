@@ -117,22 +117,85 @@ def test_a_room_imports_only_what_it_may(path):
     assert used <= ROOMS[room] | {room}, f"{room} may import from {sorted(ROOMS[room])} only"
 
 
-def call_name(node: ast.Call) -> str: return ast.unparse(node.func)
+# What runs what a file says. `cloudpickle.dumps` and joblib send the book's own functions to its own workers, and read nothing from a file of somebody else.
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "shelve", "marshal", "jsonpickle"}
+DANGEROUS = {"joblib.load", "pandas.read_pickle", "cloudpickle.load", "cloudpickle.loads", "torch.jit.load", "torch.package.PackageImporter", "torch.hub.load", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
+             "os.system", "os.popen", "shutil.unpack_archive", "tarfile.open", "tarfile.TarFile", "zipfile.ZipFile", "runpy.run_path", "importlib.machinery.SourceFileLoader", "builtins.eval", "builtins.exec"}
+
+
+@cache
+def names(path: Path) -> dict[str, str]:
+    "What a file's names stand for: `pd` for pandas, `load_file` for safetensors.torch.load_file, `slots` for ptbook.merge.folders.slots."
+    package, known = path.relative_to(ROOT).parts[:-1], {}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import): known |= {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            known |= {a.asname or a.name: f"{base}.{a.name}" for a in node.names}
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return known | {node.name: f"{module}.{node.name}" for node in tree(path).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def full_name(node: ast.AST, path: Path) -> str: # "torch.load" for `torch.load`, or for `load` after `from torch import load as load`
+    first, dot, rest = ast.unparse(node).partition(".")
+    return names(path).get(first, first) + dot + rest
+
+
+def is_dangerous(name: str, given: dict[str, str]) -> bool:
+    "Whether a call of this name with these arguments may run what a file says."
+    if name == "torch.load" or name.endswith(".torch.load"): return given.get("weights_only") != "True"
+    if given.get("allow_pickle", "False") != "False" or given.get("trust_remote_code", "False") != "False" or given.get("shell", "False") != "False": return True
+    return name in DANGEROUS or name.split(".")[0] in UNPICKLERS or name.endswith((".extractall", ".read_pickle"))
+
+
+def dangers(path: Path) -> dict[str, list[str]]: # function of the module, or "" -> what it does that is dangerous
+    found = {}
+    def walk(node, owner):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Call):
+                given = {k.arg: ast.unparse(k.value) for k in child.keywords}
+                if is_dangerous(full_name(child.func, path), given): found.setdefault(owner, []).append(f"line {child.lineno}: {ast.unparse(child)[:80]}")
+            elif isinstance(child, (ast.Name, ast.Attribute)) and is_dangerous(full_name(child, path), {"weights_only": "True"}): found.setdefault(owner, []).append(f"line {child.lineno}: {ast.unparse(child)}") # handed on instead of called
+            walk(child, child.name if not owner and isinstance(child, (ast.FunctionDef, ast.ClassDef)) else owner)
+    walk(tree(path), "")
+    return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=short)
 def test_nothing_unpickles_and_no_remote_code_is_trusted(path):
-    readers = {"pickle", "cPickle", "_pickle", "dill", "shelve", "marshal", "jsonpickle"}
-    used = {name.split(".")[0] for name in imports(path)} & readers
+    used = {name.split(".")[0] for name in imports(path)} & UNPICKLERS
     assert not used, f"imports {used}"
-    for node in ast.walk(tree(path)):
-        if not isinstance(node, ast.Call): continue
-        name, given = call_name(node), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        where = f"line {node.lineno}: {ast.unparse(node)[:80]}"
-        if name == "torch.load" or name.endswith(".torch.load"): assert given.get("weights_only") == "True", where
-        assert name not in ("joblib.load", "pd.read_pickle", "pandas.read_pickle") and not name.startswith(("cloudpickle.load", "torch.jit.load")), where
-        assert given.get("allow_pickle", "False") == "False", where
-        assert given.get("trust_remote_code", "False") == "False", where
+    assert not dangers(path)
+
+
+def calls() -> dict[str, set[str]]: # ptbook.room.module.function -> what it names of ptbook
+    "Who may call whom in the library; a function that is handed on counts as called."
+    graph = {}
+    for path in MODULES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in tree(path).body:
+            owner = f"{module}.{node.name}" if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else module
+            used = {full_name(n, path) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+            graph.setdefault(owner, set()).update(name for name in used if name.startswith("ptbook."))
+    return graph
+
+
+def test_no_function_of_the_book_reaches_what_runs_a_file():
+    graph = calls()
+    assert "ptbook.basics.doors.shapes" in graph["ptbook.basics.doors.model_shapes"] and "ptbook.basics.weights.check_size" in graph["ptbook.curate.report.language_model"], "the graph sees calls within a module and between modules"
+    bad = {f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}.{owner}".rstrip(".") for path in MODULES for owner in dangers(path)}
+    reaching = set(bad)
+    while more := {caller for caller, used in graph.items() if used & reaching} - reaching: reaching |= more
+    assert not reaching
+
+
+@pytest.mark.parametrize("line", ["import torch; torch.load(f)", "from torch import load as get; get(f, weights_only=False)", "import numpy as np; np.load(f, allow_pickle=True)", "from pandas import read_pickle; read_pickle(f)", "map(eval, lines)", "import yaml; yaml.load(f, Loader=yaml.Loader)",
+                                  "import subprocess; subprocess.run(f, shell=True)", "AutoModel.from_pretrained(f, trust_remote_code=trust)", "import zipfile; zipfile.ZipFile(f).extractall()", "import joblib as j; j.load(f)"])
+def test_the_search_finds(line, tmp_path, monkeypatch):
+    (tmp_path/"ptbook").mkdir()
+    (tmp_path/"ptbook/m.py").write_text(f"def reader(f):\n    {line}\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert dangers(tmp_path/"ptbook/m.py").keys() == {"reader"}
 
 
 def public(path: Path) -> list[ast.AST]:

@@ -148,7 +148,7 @@ GOOD = { # reader -> how to make what it reads, and the files that are spoilt
     "site: plan": (book_folder, {"_quarto.yml": "bytes", "settings.ini": "bytes", "nbs/01_x/y.ipynb": "json"}, "planned"), "site: pages": (book_folder, {"nbs/01_x/y.ipynb": "json"}, "paged"),
     "site: check": (site_folder, {"a.html": "bytes"}, "site"), "readme": (lambda p: write(p, NOTEBOOK), {"": "json"}, "index.ipynb"), "refresh": (lambda p: write(p, NOTEBOOK), {"": "json"}, "chapter.ipynb"),
     "run folder": (run_folder, {"plan.json": "json", "report.json": "json", "tables/000000.parquet": "bytes", "decisions/000000.parquet": "bytes"}, "run")}
-SLOW = {"from_hf": 12, "language model": 12, "select": 12, "adapter": 20, "merge": 20} # inputs in `make test`, where it is not the usual number
+SLOW = {"from_hf": 25, "language model": 25, "select": 4, "adapter": 25, "merge": 25} # inputs in `make test`, where it is not the usual number
 USUAL = 30
 
 
@@ -189,7 +189,7 @@ def hold(child: Child, reader: str, path: Path, what: str = "") -> dict:
     assert told["outcome"] in ("read", "refused"), (reader, what, told)
     assert not told["touched"], (reader, what, told)
     assert told["seconds"] < hostile.SECONDS and told["megabytes"] < hostile.MEMORY >> 20, (reader, what, told)
-    assert reader == "refresh" or after == before, (reader, what, {p for p in {*before, *after} if before.get(p) != after.get(p)})
+    assert reader in ("refresh", "embedded cache") or after == before, (reader, what, {p for p in {*before, *after} if before.get(p) != after.get(p)})
     return told
 
 
@@ -277,3 +277,173 @@ def test_what_is_spoilt_is_read_or_refused_by_name(reader, child, whole):
             hold(child, reader, path, f"{file}: {data[:3000]!r}")
         finally: (path/file if file else path).write_bytes(good[file])
     property()
+
+
+# Faults that no chance would find
+
+MB = 1 << 20
+
+def bomb_gz(path: Path, start: bytes, fill: bytes, megabytes: int, end: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb", 6) as file:
+        file.write(start)
+        for _ in range(megabytes): file.write(fill * (MB // len(fill)))
+        file.write(end)
+    return path
+
+def sparse(path: Path, size: int = 10 ** 12) -> Path:
+    write(path, b"")
+    os.truncate(path, size)
+    return path
+
+def columns(path: Path, n: int = 40_000) -> Path: return write(path, "\n".join(json.dumps({"text": "a", f"k{i}": 0}) for i in range(n)))
+
+def one_text_many_times(path: Path, nested: bool = False, times: int = 300_000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "a" * 300_000
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), [text])
+    pq.write_table(pa.table({"text": column if not nested else ["a"] * times} | ({"deep": pa.StructArray.from_arrays([column], ["a"])} if nested else {})), path, store_schema=False)
+    return path
+
+def inflating(path: Path) -> Path: # a dictionary of one text that is 300 MiB large once it is inflated
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": pa.array(["a" * (300 * MB), "b"])}), path, compression="zstd")
+    return path
+
+def nulls(path: Path, rows: int = 300_000_000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema := pa.schema({"text": pa.null(), "n": pa.int8()})) as file:
+        part = pa.table([pa.nulls(rows // 30), pa.nulls(rows // 30, pa.int8())], schema)
+        for _ in range(30): file.write_table(part)
+    return path
+
+def put(table: pa.Table, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+def odd_names(path: Path) -> Path:
+    for name in (b"new\nline.txt", b"sur\xffrogate.txt", b"-rf.txt", "ü.txt".encode(), b"<b>.txt", b"a" * 200 + b".txt"): write(path/os.fsdecode(name), "some text of this file\n" * 9)
+    return path
+
+def loops(path: Path) -> Path:
+    write(path/"a.txt", "text of a file\n" * 9)
+    for name, target in (("round", path), ("self.txt", path/"self.txt"), ("up", path/".."), ("out.txt", "/etc/passwd"), ("b/back", path)): (path/name).parent.mkdir(exist_ok=True) or (path/name).symlink_to(target)
+    os.mkfifo(path/"pipe.txt"), os.mkfifo(path/"pipe.jsonl")
+    return path
+
+def pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+def changed(make, file: str, change):
+    def made(path: Path) -> Path:
+        make(path)
+        held = (path/file).read_bytes() if (path/file).exists() else b""
+        (path/file).unlink(missing_ok=True)
+        new = change(held, path)
+        if new is not None: (path/file).write_bytes(new if isinstance(new, bytes) else json.dumps(new).encode())
+        return path
+    return made
+
+def config(make, file: str = "config.json", **new): return changed(make, file, lambda held, _: json.loads(held) | new)
+def elsewhere(make, file: str, target: str = "/etc/passwd"): return changed(make, file, lambda _, path: (path/file).symlink_to(target))
+def piped(make, file: str): return changed(make, file, lambda _, path: os.mkfifo(path/file))
+def endless(make, file: str): return changed(make, file, lambda _, path: sparse(path/file) and None)
+def header(make, file: str, change):
+    def rewritten(held, _):
+        n = struct.unpack("<Q", held[:8])[0]
+        new = json.dumps(change(json.loads(held[8:8 + n]))).encode()
+        return struct.pack("<Q", len(new)) + new + held[8 + n:]
+    return changed(make, file, rewritten)
+def every(**new): return lambda head: {name: entry | new if name != "__metadata__" else entry for name, entry in head.items()}
+def sharded(path: Path) -> Path: return model_folder(path, True)
+def index(**where): return changed(sharded, "model.safetensors.index.json", lambda held, path: {"weight_map": {name: where["to"].replace("PATH", str(path.parent)) for name in json.loads(held)["weight_map"]}})
+
+BACK = "(([a-z])+.)+[A-Z]([a-z])+$" # takes time that doubles with every letter
+DEEP = ["[" * n + "1" + "]" * n for n in (90, 400, 970, 990, 1_000, 100_000)]
+FAULTS = {
+    "text: a terabyte of nothing": ("text", lambda p: sparse(p/"a.txt"), "refused"), "text: a pipe": ("text", lambda p: pipe(p/"a.txt"), "refused"), "text: a device": ("text", lambda p: Path("/dev/zero"), "refused"),
+    "jsonl: a pipe": ("jsonl", lambda p: pipe(p/"a.jsonl"), "refused"), "jsonl: rows without a common column": ("jsonl", lambda p: columns(p/"a.jsonl"), "refused"), "jsonl: a terabyte": ("jsonl", lambda p: sparse(p/"a.jsonl"), "refused"),
+    "jsonl: one key twice": ("jsonl", lambda p: write(p/"a.jsonl", '{"text": "one", "text": "two"}\n{"text": "three"}'), "read"), "jsonl: a number of a million digits": ("jsonl", lambda p: write(p/"a.jsonl", '{"text": "a", "n": ' + "9" * 10 ** 6 + "}"), "refused"),
+    "jsonl: no number": ("jsonl", lambda p: write(p/"a.jsonl", '{"text": "a b", "n": NaN}\n{"text": "c d", "n": 1e400}'), "read"), "jsonl: lines of nothing": ("jsonl", lambda p: write(p/"a.jsonl", "\n" * 5 * MB), "refused"),
+    **{f"jsonl: {len(d)} brackets": ("jsonl", lambda p, d=d: write(p/"a.jsonl", '{"text": "a b", "d": ' + d + '}\n{"text": "c"}'), "read" if len(d) < 200 else "refused") for d in DEEP},
+    **{f"records: {len(d)} brackets": ("select", lambda p, d=d: write(p/"a.jsonl", ('{"text": "a b c d e", "d": ' + d + ', "domain": ' + d + "}\n") * 3 + '{"text": "c d"}').parent/"a.jsonl", "read") for d in DEEP},
+    "csv: a row of a million cells": ("csv", lambda p: write(p/"a.csv", "text\n" + "," * 10 ** 6), "any"), "csv: a quote without end": ("csv", lambda p: write(p/"a.csv", 'text\n"' + "a\n" * MB), "any"), "csv: two columns of one name": ("csv", lambda p: write(p/"a.csv", "text,text\na,b\nc,d"), "read"),
+    "parquet: one text 300,000 times": ("parquet", lambda p: one_text_many_times(p/"a.parquet"), "refused"), "parquet: the same in a structure": ("parquet", lambda p: one_text_many_times(p/"a.parquet", True), "refused"),
+    "parquet: a page that inflates": ("parquet", lambda p: inflating(p/"a.parquet"), "refused"), "parquet: 300 million times nothing": ("parquet", lambda p: nulls(p/"a.parquet"), "refused"), "parquet: a footer beyond the file": ("parquet", lambda p: write(p/"a.parquet", b"PAR1" + b"x" * 50 + struct.pack("<I", 2 ** 31 - 1) + b"PAR1"), "refused"),
+    "load: features that are none": ("load", lambda p: put(pa.table({"text": ["a b", "c d"]}).replace_schema_metadata({"huggingface": '{"info": {"features": {"text": {"_type": "Evil"}}}}'}), p/"a.parquet"), "any"),
+    "parquet: text that is not UTF-8": ("parquet", lambda p: put(pa.table({"text": pa.array([b"\xff\xfe", b"ab"]).view(pa.string())}), p/"a.parquet"), "refused"), "parquet: two columns of one name": ("parquet", lambda p: put(pa.table([["a"], ["b"]], ["text", "text"]), p/"a.parquet"), "refused"),
+    "records: one text 3,000 times": ("records: parquet", lambda p: one_text_many_times(p/"a.parquet", times=3000), "read"), "records: a page that inflates": ("records: parquet", lambda p: inflating(p/"a.parquet"), "read"),
+    "records: a gibibyte in a megabyte": ("records: jsonl.gz", lambda p: bomb_gz(p/"a.jsonl.gz", b'{"text": "a b"}\n', b"\n", 1100, b'{"text": "c d"}\n'), "read"), "records: a line without end": ("records: jsonl.gz", lambda p: bomb_gz(p/"a.jsonl.gz", b'{"text": "', b"a", 1100), "read"),
+    "records: a line of lists": ("records: jsonl", lambda p: write(p/"a.jsonl", b'{"text": "a", "x": [' + b"[]," * (20 * MB) + b"[]]}"), "read"), "records: text without a blank line": ("records: text", lambda p: write(p/"a.txt", (b"line of text\n" * (MB // 13)) * 300), "read"),
+    "records: a terabyte of text": ("records: folder", lambda p: sparse(p/"in/a.txt").parent, "read"), "folder: odd names": ("folder", lambda p: odd_names(p/"in"), "read"), "records: odd names": ("records: folder", lambda p: odd_names(p/"in"), "read"), "select: odd names": ("select", lambda p: odd_names(p/"in"), "read"),
+    "folder: loops, links and pipes": ("folder", lambda p: loops(p/"in"), "read"), "records: loops, links and pipes": ("records: folder", lambda p: loops(p/"in"), "read"), "wav: two gigabytes are declared": ("wav", lambda p: write(p/"a.wav", wav(p/"b.wav").read_bytes()[:40] + struct.pack("<I", 2 ** 31) + b"ab"), "any"),
+    "adapter: a pattern that never ends": ("adapter", config(adapter_folder, "adapter_config.json", target_modules=BACK), "refused"), "adapter: a pattern that is fine": ("adapter", config(adapter_folder, "adapter_config.json", target_modules=".*(?<!x)query"), "read"),
+    "adapter: a rank without end": ("adapter", config(adapter_folder, "adapter_config.json", r=10 ** 400), "refused"), "adapter: no number": ("adapter", config(adapter_folder, "adapter_config.json", lora_alpha=math.nan), "refused"), "adapter: a pattern of ranks": ("adapter", config(adapter_folder, "adapter_config.json", rank_pattern={"query": "3"}), "refused"),
+    "adapter: weights from elsewhere": ("adapter", elsewhere(adapter_folder, "adapter_model.safetensors"), "refused"), "adapter: settings from elsewhere": ("adapter", elsewhere(adapter_folder, "adapter_config.json"), "refused"), "adapter: a pipe": ("adapter", piped(adapter_folder, "adapter_model.safetensors"), "refused"), "adapter: piped settings": ("adapter", piped(adapter_folder, "adapter_config.json"), "refused"),
+    **{f"{reader}: {what}": (reader, how(make), "refused") for reader, make, file in (("merge", model_folder, "model.safetensors"), ("from_hf", model_folder, "model.safetensors"), ("language model", causal_folder, "model.safetensors"), ("adapter", adapter_folder, "adapter_model.safetensors"),
+        ("checkpoint", checkpoint_folder, "step-000001/model.safetensors"), ("checkpoint", checkpoint_folder, "step-000001/optimizer.safetensors")) for what, how in {
+        f"{file} overlaps": lambda make, file=file: header(make, file, every(data_offsets=[0, 12])), f"{file} lies beyond": lambda make, file=file: header(make, file, every(data_offsets=[2 ** 40, 2 ** 40 + 12])), f"{file} is negative": lambda make, file=file: header(make, file, every(data_offsets=[-12, 0])),
+        f"{file} is huge": lambda make, file=file: header(make, file, every(shape=[2 ** 31, 2 ** 31])), f"{file} is a terabyte": lambda make, file=file: endless(make, file), f"{file} is a pipe": lambda make, file=file: piped(make, file)}.items()},
+    **{f"{reader}: an index that leads to {to}": (reader, index(to=to), "refused") for reader in ("merge", "from_hf") for to in ("../../etc/passwd", "/etc/passwd", "PATH/x.safetensors", "", ".", "a\0b")}, "from_hf: a shard that is a pipe": ("from_hf", piped(sharded, "model-0.safetensors"), "refused"), "merge: a shard that is a pipe": ("merge", piped(sharded, "model-0.safetensors"), "refused"),
+    "from_hf: an index that is no map": ("from_hf", changed(sharded, "model.safetensors.index.json", lambda *_: {"weight_map": ["a"]}), "refused"), "from_hf: a link": ("from_hf", elsewhere(model_folder, "model.safetensors"), "refused"), "from_hf: an adapter beside it": ("from_hf", changed(model_folder, "adapter_config.json", lambda *_: {"base_model_name_or_path": "/etc"}), "refused"),
+    **{f"from_hf: {key} of a billion": ("from_hf", config(model_folder, **{key: 10 ** 9}), "refused") for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings", "type_vocab_size")},
+    **{f"language model: {key} of a billion": ("language model", config(causal_folder, **{key: 10 ** 9}), "refused") for key in ("n_layer", "n_embd", "vocab_size", "n_positions")}, "language model: a tokenizer that is a pipe": ("language model", piped(causal_folder, "tokenizer.json"), "refused"),
+    "checkpoint: a state that is a pipe": ("checkpoint", piped(checkpoint_folder, "step-000001/state.json"), "refused"), "result: a pipe": ("result", lambda p: pipe(p/"s.json"), "refused"), "result: deep": ("result", lambda p: write(p/"s.json", DEEP[-1]), "refused"), "kept seeds: a pipe": ("kept seeds", lambda p: pipe(p/"in/seed-0.json").parent, "read"),
+    "embedded cache: another table": ("embedded cache", lambda p: put(pa.table({"a": [1]}), p/"in/made.parquet").parent, "read"), "embedded cache: a pipe": ("embedded cache", lambda p: pipe(p/"in/made.parquet").parent, "read"), 
+    **{f"{reader}: nbformat {n}": (reader, lambda p, n=n: write(p/"a.ipynb", NOTEBOOK | {"nbformat": n, "worksheets": [{"cells": []}]}), "refused") for reader in ("readme", "refresh") for n in (2, 3, 5, 99, "4", None)}, "refresh: a pipe": ("readme", lambda p: pipe(p/"a.ipynb"), "refused"),
+    **{f"{reader}: a cell without {key}": (reader, lambda p, key=key: write(p/"a.ipynb", NOTEBOOK | {"cells": [{k: v for k, v in NOTEBOOK["cells"][1].items() if k != key}]}), "refused") for reader in ("readme", "refresh") for key in ("cell_type", "source", "outputs")}}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_made_on_purpose(fault, child, tmp_path):
+    reader, make, wanted = FAULTS[fault]
+    told = hold(child, reader, make(tmp_path/"given"), fault)
+    assert wanted == "any" or told["outcome"] == wanted, (fault, told)
+
+
+# Nothing unpickles
+
+class Evil:
+    "Unpickled, it leaves a file behind."
+    def __init__(self, canary: Path): self.canary = canary
+    def __reduce__(self): return Path.touch, (self.canary,)
+
+PICKLED = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "model.pkl", "0.npy", "state.npz", "model.pt", "trainer_state.bin", "tokenizer.pickle", "stats.pickle")
+
+def poisoned(path: Path, canary: Path, instead: tuple[str, ...] = ()) -> Path:
+    "A folder with pickles beside everything in it, and in the place of its weights."
+    import pickle
+    for at in [path, *(p for p in path.rglob("*") if p.is_dir())]:
+        for name in PICKLED: write(at/name, pickle.dumps(Evil(canary)))
+    for name in instead: write(path/name, pickle.dumps(Evil(canary)))
+    return path
+
+@pytest.mark.parametrize("instead", [False, True], ids=["beside", "instead"])
+@pytest.mark.parametrize("reader", [reader for reader, (_, kinds, _) in GOOD.items() if "" not in kinds])
+def test_a_pickle_stays_a_pickle(reader, instead, child, tmp_path):
+    make, kinds, name = GOOD[reader]
+    path = make(tmp_path/name)
+    weights = [file for file in kinds if file.endswith((".safetensors", ".parquet", ".gz", ".logits"))] if instead else []
+    told = hold(child, reader, poisoned(path, tmp_path/"canary", tuple(weights)), "pickles")
+    assert not (tmp_path/"canary").exists() and told["outcome"] == ("refused" if any(w.endswith((".safetensors", ".logits")) for w in weights) else told["outcome"])
+
+
+@pytest.mark.parametrize("reader, make", [("from_hf", model_folder), ("language model", causal_folder)])
+@pytest.mark.parametrize("kind", ["bert", "strange"])
+def test_code_that_a_model_brings_is_not_run(reader, make, kind, child, tmp_path):
+    path = make(tmp_path/"model")
+    said = json.loads((path/"config.json").read_text())
+    write(path/"config.json", said | {"model_type": said["model_type"] if kind == "bert" else kind, "auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoTokenizer")}})
+    if (path/"tokenizer_config.json").exists(): write(path/"tokenizer_config.json", json.loads((path/"tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    write(path/"evil.py", f"open({str(tmp_path/'canary')!r}, 'w')\nclass Evil: pass\n")
+    assert hold(child, reader, path, "code")["outcome"] == ("read" if kind == "bert" else "refused") and not (tmp_path/"canary").exists()
+
+
+def test_the_guard_itself(child, tmp_path):
+    "What reads a pickle is seen."
+    import pickle
+    (tmp_path/"a.pickle").write_bytes(pickle.dumps(Evil(tmp_path/"canary")))
+    assert child.ask("unsafe", tmp_path/"a.pickle")["touched"] and (tmp_path/"canary").exists()

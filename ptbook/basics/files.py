@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -78,8 +79,10 @@ def read_csv(path: Path, column: str) -> pa.Table:
     "A CSV file with a header; in the text column every cell is the text it is. Raises ValueError naming a file that is none."
     import pandas as pd
     text = read_text(path)
-    with naming(path, "CSV file"):
-        frame = pd.read_csv(io.StringIO(text), keep_default_na=False, dtype={column: str})
+    with naming(path, "CSV file"), warnings.catch_warnings(action="error", category=pd.errors.ParserWarning): # a row longer than the header
+        beginning = re.sub(r'"[^"]*"', "", text[:WHOLE >> 8]).split("\n", 2)[:2] # its cells in quotes left out
+        if any(line.count(",") > 10_000 for line in beginning): raise ValueError("more than 10,000 columns")
+        frame = pd.read_csv(io.StringIO(text), keep_default_na=False, dtype={column: str}, index_col=False)
         return pa.table({k: frame[k].tolist() for k in frame})
 
 # %% ../../nbs/00_basics/files.ipynb #97998bd3

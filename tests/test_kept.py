@@ -353,4 +353,56 @@ def test_killed_at_any_moment_the_old_or_the_new(name):
     assert random["again"] == KILLS and steps["again"] == steps["steps"]
 
 
+SEEDS = """
+import sys, time
+from pathlib import Path
+from ptbook.basics.claims import claim, experiment, run
+
+def slow(seed, scale):
+    Path(sys.argv[1], f"begun-{seed}").touch()
+    time.sleep(60)
+    return {"a": 1.0 + seed, "b": 0.0}
+
+slow = experiment("slow", chapter="no.chapter", metric="points")(slow)
+claim(slow, "a", ">", "b")
+if __name__ == "__main__": run(slow, "tiny", jobs=2, progress=False, folder=sys.argv[1])
+"""
+CELL = """
+import sys, nbformat
+from pathlib import Path
+from ptbook.press.refresh import refresh_file
+
+place = Path(sys.argv[1])
+cell = nbformat.v4.new_code_cell(f"import pathlib, time\\npathlib.Path({str(place)!r}, 'begun-0').touch()\\ntime.sleep(60)")
+nbformat.write(nbformat.v4.new_notebook(cells=[cell]), place/"book.ipynb")
+refresh_file(place/"book.ipynb", "tiny")
+"""
+
+
+def marked(token) -> list:
+    "Processes that were started with a word in their environment."
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if token in (place/"environ").read_bytes(): found.append(place.name)
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("script, begun, kill", [(SEEDS, 2, os.killpg), (CELL, 1, os.killpg), (CELL, 1, os.kill)], ids=["seeds with the group", "kernel with the group", "kernel without"])
+def test_no_worker_and_no_kernel_outlives_its_program(tmp_path, script, begun, kill):
+    (tmp_path/"program.py").write_text(script)
+    token = f"{tmp_path}:{begun}"
+    process = subprocess.Popen([sys.executable, "-W", "ignore", tmp_path/"program.py", tmp_path], start_new_session=True, env=os.environ | {"KEPT": token, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("begun-*"))) < begun:
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert len(marked(token.encode())) > begun
+    kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 20
+    while (left := marked(token.encode())) and time.monotonic() < until: time.sleep(0.05)
+    assert not left
+
+
 if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]))

@@ -200,8 +200,8 @@ def test_results_are_not_mixed(tmp_path):
                        ("scorer", lambda: pipelines(source, out, Other(), 0.3)), ("shards", lambda: pipelines(source, out, Ties(), 0.3, together=1)), ("something else", lambda: pipelines(source, tmp_path, Ties(), 0.3))):
         with pytest.raises(ValueError, match=f"folder_out: .*{word}"): call()
     left = out/"tables"/".000000.parquet.0123abcd.draft"
-    left.mkdir()
-    for name, content in (("writer", HOST), ("half", b"half")): (left/name).write_bytes(content)
+    (left/"new").mkdir(parents=True)
+    for name, content in (("writer", HOST), ("new/half", b"half")): (left/name).write_bytes(content)
     pipelines(source, out, Ties(), 0.3, tasks=2) # as many tasks as you like
     assert not left.exists()
     with open(source/"0.jsonl", "a") as file: file.write('{"text": "late"}\n')

@@ -43,10 +43,13 @@ def _begun(path: Path) -> tuple[Path, int]: # a folder; its lock, to be closed
 
 # %% ../../nbs/00_basics/whole.ipynb #2d7562be
 def _away(place: Path) -> None:
-    "Remove a draft. If a folder's exchange broke off in it, the new one gets its name first."
+    "Remove a draft. If a folder's exchange broke off in it, the new one gets its name first. `writer` goes last: what has none is empty."
     new = next(place.glob("new/*"), None)
     if new and (place/"old").exists() and not os.path.lexists(place.parent/new.name): os.rename(new, place.parent/new.name)
-    shutil.rmtree(place)
+    for part in ("old", "new"):
+        if (place/part).exists(): shutil.rmtree(place/part)
+    (place/"writer").unlink(missing_ok=True)
+    place.rmdir()
 
 def _left_over(place: Path, lock: int) -> bool:
     "Whether nobody is writing a draft any more."

@@ -88,9 +88,9 @@ def test_lab_without_jupyterlab_says_what_to_install(monkeypatch, capsys):
 
 
 def test_every_notebook_finds_its_kernel():
-    "JupyterLab asks which kernel to use for a notebook that names none."
+    "JupyterLab asks which kernel to use for a notebook that names none. Nothing else is kept about a notebook, such as the state of widgets that are gone."
     for address, path in ledger.notebooks().items():
-        assert json.loads(path.read_text(encoding="utf-8"))["metadata"].get("kernelspec", {}).get("name") == "python3", address
+        assert json.loads(path.read_text(encoding="utf-8"))["metadata"] == {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, address
 
 
 @contextmanager

@@ -99,6 +99,7 @@ def cleaned(
     settings.read(book_folder()/"settings.ini", encoding="utf-8")
     plain = json.loads(nbformat.writes(nb))
     clean_nb(plain, allowed_cell_metadata_keys=settings.get("DEFAULT", "allowed_cell_metadata_keys", fallback="").split())
+    plain["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}} # not the state of widgets that are gone
     return nb2str(plain).encode()
 
 

@@ -218,7 +218,8 @@ def _reveal(hidden: Path, state: dict, keep: int) -> Path:
     (hidden / "state.json").write_text(json.dumps(state))
     for file in hidden.iterdir(): _sync(file)
     _sync(hidden)
-    final = hidden.rename(hidden.with_name(hidden.name[1:-len(".tmp")]))
+    final = hidden.with_name(hidden.name[1:-len(".tmp")])
+    hidden.rename(final)
     _sync(final.parent)
     for old in checkpoints(final.parent)[:-keep]: _discard(old)
     return final

@@ -107,7 +107,7 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
 
 
 def test_only_what_is_left_over_goes(tmp_path, monkeypatch):
-    for host, age, stays in ((HOST, 0, False), (b"elsewhere", 0, True), (b"elsewhere", SILENCE + 60, False), (b"", 0, True)):
+    for host, age, stays in ((HOST, 0, False), (b"elsewhere", 0, True), (b"elsewhere", SILENCE + 60, False), (b"", 0, False)):
         draft = left_over(tmp_path, host=host, age=age)
         sweep(tmp_path)
         assert draft.exists() == stays, (host, age)

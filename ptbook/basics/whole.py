@@ -38,8 +38,9 @@ def _begun(path: Path) -> tuple[Path, int]: # a folder; its lock, to be closed
         except FileNotFoundError: continue # swept while it was still empty
         with suppress(OSError): fcntl.flock(lock, fcntl.LOCK_EX) # on a disk without locks, others wait for the silence
         os.write(lock, HOST) # after the lock, so that a free one with our name belongs to nobody
-        (place/"new").mkdir()
-        return place, lock
+        try: (place/"new").mkdir()
+        except FileNotFoundError: os.close(lock) # swept before it was locked
+        else: return place, lock
 
 # %% ../../nbs/00_basics/whole.ipynb #2d7562be
 def _away(place: Path) -> None:
@@ -56,7 +57,7 @@ def _left_over(place: Path, lock: int) -> bool:
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
     except OSError: known = False # no locks here
-    else: known = os.read(lock, 300) == HOST
+    else: known = os.read(lock, 300) in (HOST, b"") # empty: killed before it could write, or about to begin anew
     return known or time.time() - max(p.lstat().st_mtime for p in (place, *place.rglob("*"))) > SILENCE
 
 def sweep(

@@ -227,7 +227,7 @@ def find_checkpoint(
         state = _checked(read_json(path / "state.json"), int(path.name[5:]))
         same_weights = identity["initial"] in (state["initial"], digest(load_file(plain_file(path / "model.safetensors"))))
         with safe_open(plain_file(path / "optimizer.safetensors"), "pt"): pass
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
     for kind, name in (("settings", ""), ("model", "parameter "), ("data", "")):
         differ = first_difference(state[kind], identity[kind])

@@ -117,7 +117,7 @@ def read_into(wanted: Mapping[str, Tensor], path: Path) -> None:
                 if (shape := file.get_slice(key).get_shape()) != list(tensor.shape): raise AdapterError(f"{path}: {key} has shape {tuple(shape)}, wanted {tuple(tensor.shape)}")
             with torch.no_grad():
                 for key, tensor in wanted.items(): tensor.copy_(file.get_tensor(key))
-    except (OSError, SafetensorError) as error: raise AdapterError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError, MemoryError) as error: raise AdapterError(f"{path} cannot be read: {error}") from error
 
 def load(
     model: nn.Module, # the base, or a model that has other adapters; changed in place
@@ -133,7 +133,7 @@ def load(
     learnt = {n: p.requires_grad for n, p in model.named_parameters()}
     if isinstance(targets, str) and targets != "all-linear": targets = meant(targets, list(linears(model)), path) or [targets]
     try: made = adapt(model, method, None if targets == "all-linear" else targets, train_also=also, name=name)
-    except (ValueError, TypeError) as error: raise AdapterError(f"{path}: {error}") from error
+    except (ValueError, TypeError, OverflowError) as error: raise AdapterError(f"{path}: {error}") from error
     try: read_into(tensors_of(made, name), folder / WEIGHTS)
     except AdapterError:
         if first: remove(made)

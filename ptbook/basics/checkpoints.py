@@ -291,7 +291,7 @@ def find_checkpoint(
         state = _checked(read_json(path / "state.json"), int(path.name[5:]))
         saved, _ = Pieces(path), Pieces(path, "optimizer")
         same_weights = identity["initial"] == state["initial"] or identity["initial"] == digest({name: saved[name] for name in saved})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it to go on from the one before") from error
     for kind, name in (("settings", ""), ("model", "parameter "), ("data", "")):
         differ = first_difference(state[kind], identity[kind])

@@ -351,3 +351,28 @@ def test_an_experiment_that_cannot_travel_runs_here(held, tmp_path):
     made = Experiment(lambda seed, scale: {"a": float(seed), "b": float(held is None)}, "stays", "nowhere.chapter", "unit")
     report = run(made, "tiny", jobs=2, progress=False, folder=tmp_path)
     assert report.arms == {"a": [0.0, 1.0], "b": [0.0, 0.0]}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_workers_end_with_their_program(tmp_path):
+    "Also if it is killed, and cannot tell them."
+    (tmp_path / "script.py").write_text(f"""
+import os, time
+from pathlib import Path
+from ptbook.basics.claims import experiment, run
+def slow(seed, scale):
+    Path({str(tmp_path)!r}, f"pid-{{os.getpid()}}").touch()
+    time.sleep(60)
+if __name__ == "__main__": run(experiment("slow", chapter="tests.none", metric="points")(slow), "tiny", jobs=2, progress=False, folder={str(tmp_path / "results")!r})
+""")
+    program = subprocess.Popen([sys.executable, tmp_path / "script.py"], start_new_session=True)
+    try:
+        until = lambda done: any(done() or time.sleep(0.2) for _ in range(300))
+        workers = lambda: [int(p.name[4:]) for p in tmp_path.glob("pid-*")]
+        assert until(lambda: len(workers()) == 2)
+        program.kill(), program.wait()
+        assert until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers()))
+    finally:
+        for pid in [program.pid, *workers()]:
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass

@@ -316,7 +316,7 @@ def test_the_readme_shows_what_the_page_shows(monkeypatch, tmp_path):
              {"cell_type": "code", "source": "#| hide\nsecret()", "outputs": [image]},
              {"cell_type": "code", "source": "1 + 1", "outputs": [{"output_type": "execute_result", "data": {"text/plain": ["2"]}}]}]
     (tmp_path/"nbs").mkdir()
-    (tmp_path/"nbs/index.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path/"nbs/index.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     monkeypatch.setattr(refresh, "book_folder", lambda: tmp_path)
     text = refresh.write_readme().read_text()
     assert "![A curve falls](nbs/images/index-1.png)" in text and (tmp_path/"nbs/images/index-1.png").read_bytes()[:4] == b"\x89PNG"

@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,8 +66,16 @@ def as_jobs(
 def _environment(*prefixes: str) -> dict[str, str]: # name -> value
     return {k: v for k, v in os.environ.items() if k.startswith(prefixes)}
 
-def _work(task: Callable[[Any], dict], place: int, point: Any, settings: dict[str, str]) -> tuple[int, dict]:
+def _end_with(program: int) -> None:
+    "In a worker process: end soon after the program that started it, which may be killed and then cannot say so."
+    def watch():
+        while os.getppid() == program: time.sleep(1)
+        os._exit(1)
+    if os.getppid() == program and not any(t.name == "ends with its program" for t in threading.enumerate()): threading.Thread(target=watch, name="ends with its program", daemon=True).start()
+
+def _work(task: Callable[[Any], dict], place: int, point: Any, settings: dict[str, str], program: int) -> tuple[int, dict]:
     "One point, in any process, under the settings of the one that asked for it."
+    _end_with(program)
     for name in _environment("PTBOOK_").keys() - settings.keys(): del os.environ[name]
     os.environ.update(settings)
     return place, task(point)
@@ -155,7 +164,7 @@ def outcomes(
 ) -> Iterator[tuple[int, dict]]: # a point's place in `points`, what `task` returned
     """Outcomes as they come, in any order. The outcome of a point whose worker process died, again and again, is `{"error": why}`.
     Raises ValueError for bad `jobs`, a cluster without cores, or a task that cannot be sent to one."""
-    work = functools.partial(_work, task, settings=_environment("PTBOOK_"))
+    work = functools.partial(_work, task, settings=_environment("PTBOOK_"), program=os.getpid())
     if not points: return
     if cluster: yield from _on_ray(work, points, None if jobs is None else as_jobs(jobs), gpus)
     else: yield from _on_processes(work, points, as_jobs(jobs))

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
+from ..basics.whole import whole_folder
 from .site_pages import llms_txt, made_pages
 from .site_plan import Plan, address, heads, read_plan
 from .site_prepare import prepared
@@ -102,13 +103,7 @@ def build(
     if out.is_dir() and any(out.iterdir()) and not (out/"sitemap.xml").is_file(): raise FileExistsError(f"{out} is not empty and holds no site: give another folder, or remove it")
     maker = quarto if shutil.which("quarto") else render
     if maker is render and (lacking := [name for name in ("nbdev", "pypandoc", "pagefind") if not find_spec(name)]): raise RuntimeError(f"{', '.join(lacking)} not installed: pip install 'ptbook[site]'")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        maker(plan, gather(plan), beside)
-        shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+    with whole_folder(out, overwrite=True) as made: maker(plan, gather(plan), made)
     return out
 
 # %% ../../nbs/13_press/site.ipynb #067a1cf1

@@ -23,6 +23,7 @@ from ..basics.models import Transformer, generate, style
 from ..basics.sources import load, provenance
 from ..basics.text import ByteTokenizer, Stream, pack
 from ..basics.train import Run, fit
+from ..basics.whole import whole_file
 
 # %% ../../nbs/01_tour.ipynb #00447e54
 BLOCK, BATCH, STEPS = 256, 4, 2000 # bytes per block, blocks per step, steps of the whole schooling
@@ -356,16 +357,8 @@ def write_page(
     out: str | Path, # replaced whole or not at all
     text: str,
 ) -> None:
-    "Write beside `out`, then rename: nobody ever sees half a page."
-    out = Path(out)
-    handle, beside = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file: file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, out)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    "Write the page: nobody ever sees half of it."
+    with whole_file(out) as draft: draft.write_text(text, encoding="utf-8")
 
 def cores() -> int: # physical ones that this process may use, or OMP_NUM_THREADS where it is set
     "How many threads to train with."

@@ -201,12 +201,12 @@ def plan(path: Path):
     return found
 
 def pages(path: Path) -> None:
-    from ptbook.press.site_pages import citations, speed_page
+    from ptbook.press.site_pages import citations
     from ptbook.press.site_plan import heads
     from ptbook.press.site_prepare import prepared
     from ptbook.press.site_render import as_page
     found = plan(path)
-    citations(found), speed_page(found, heads(found))
+    citations(found), heads(found)
     for source in found.notebooks(): as_page(source, prepared(found, source))
 
 def readme(path: Path) -> None:

@@ -17,7 +17,7 @@ test: export HF_HUB_OFFLINE = 1
 test: .venv/.tools ## Set everything up and run every check
 	$(BIN)/python -m pytest tests/test_book.py
 	PTBOOK_SCALE=tiny PTBOOK_STATIC=1 TQDM_DISABLE=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest --ignore=tests/test_book.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/test_book.py
 
 lab: .venv/.tools ## Read the book in JupyterLab
 	$(BIN)/ptbook lab $(CHAPTER)

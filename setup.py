@@ -18,7 +18,7 @@ class BuildBook(build_py):
         super().run()
         if self.editable_mode: return
         book = Path(self.build_lib)/"ptbook"/"_book"
-        for pattern in ("papers.tsv", "results/*.json", "results/speed/*.json", "nbs/**/*.ipynb", "nbs/assets/launch/*.yaml"):
+        for pattern in ("papers.tsv", "results/*.json", "results/speed/*.json", "results/trust/*.json", "nbs/**/*.ipynb", "nbs/assets/launch/*.yaml"):
             for source in HERE.glob(pattern):
                 if ".ipynb_checkpoints" in source.parts: continue
                 target = book/source.relative_to(HERE)

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 MEMORY = 1 << 30 # bytes that a reader may take beside what the imports need
-SECONDS = 10 # of the processor, for one input
+SECONDS = 30 # of the processor, for one input
 GUARDED = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "urllib.Request", "shutil.unpack_archive"}
 
 

@@ -8,7 +8,6 @@ __all__ = ['TRIES', 'alone', 'as_jobs', 'library_code', 'outcomes', 'check_addre
 # %% ../../nbs/00_basics/cluster.ipynb #15a8b2ab
 import functools
 import hashlib
-import inspect
 import json
 import os
 import random

@@ -6,7 +6,6 @@
 __all__ = ['STOP_WORDS', 'RULES', 'Random', 'Heuristics', 'NgramModel', 'Perplexity']
 
 # %% ../../nbs/06_curate/baselines.ipynb #5d16785e
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

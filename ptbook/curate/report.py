@@ -17,7 +17,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,6 +275,7 @@ def language_model(
         config = AutoConfig.from_pretrained(folder, **local)
         check_size(Path(folder), config, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **local), AutoTokenizer.from_pretrained(folder, **local)
+        _encode(tokenizer, "a word") # some settings are looked at only now
     return model.eval(), partial(_encode, tokenizer)
 
 def _encode(tokenizer: Any, text: str) -> list[int]: return tokenizer(text, truncation=False, verbose=False)["input_ids"]

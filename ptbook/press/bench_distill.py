@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basics.evaluate import evaluating
 from ..basics.models import Transformer, logits_of, style
 from ..basics.train import fit
 from ..basics.worlds import accuracy
-from ..distill.stored_logits import SeededAugment, StoredBatches, densify, soft_ce, sparse_loss, store_logits, strong
+from ..distill.stored_logits import SeededAugment, StoredBatches, soft_ce, sparse_loss, store_logits, strong
 from .bench import alternate, benchmark, row
 
 # %% ../../nbs/13_press/bench_distill.ipynb #ccd9dfbf

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .bench import PeerMissing, benchmark, row
-from .cli import work_folder
+from .lab import work_folder
 
 # %% ../../nbs/13_press/bench_merge.ipynb #cadc9c8f
 LAUNCHER = """

@@ -7,7 +7,6 @@ __all__ = ['Entry', 'entries', 'address', 'link', 'opening', 'inline', 'Plan', '
 
 # %% ../../nbs/13_press/site_plan.ipynb #56c8aa97
 import html
-import json
 import posixpath
 import re
 from configparser import ConfigParser

@@ -74,6 +74,7 @@ def parse(
     try: value = json.loads(text)
     except RecursionError: value = ...
     if value is ... or text.count("[") + text.count("{") > DEEPEST and is_deep(value): raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    if "\\u" in text: json.dumps(value, ensure_ascii=False).encode() # half of a surrogate pair is no text
     return value
 
 def read_json(

@@ -8,6 +8,7 @@ __all__ = ['COMPANIONS', 'PARTS', 'PREFERENCE', 'book_folder', 'Paper', 'papers'
            'row', 'fresh_results', 'ledger', 'companions']
 
 # %% ../../nbs/13_press/ledger.ipynb #742053d2
+import base64
 import csv
 import importlib
 import importlib.util
@@ -134,10 +135,16 @@ def find(
 # %% ../../nbs/13_press/ledger.ipynb #65715c45
 def _is_text(value: object) -> bool: return isinstance(value, str) or isinstance(value, list) and all(isinstance(line, str) for line in value)
 
+def _is_base64(text: str) -> bool:
+    try: base64.b64decode(text)
+    except ValueError: return False
+    return True
+
 def _is_output(output: object) -> bool:
     if not isinstance(output, dict) or not isinstance(data := output.get("data", {}), dict): return False
     texts = [v for k, v in data.items() if not k.endswith("json")] + [output[k] for k in ("text", "name", "ename", "evalue", "traceback") if k in output]
-    return isinstance(output.get("output_type"), str) and all(map(_is_text, texts)) and (output["output_type"] != "stream" or {"name", "text"} <= set(output))
+    pictures = ["".join(v) for k, v in data.items() if k in ("image/png", "image/jpeg") and _is_text(v)]
+    return isinstance(output.get("output_type"), str) and all(map(_is_text, texts)) and all(map(_is_base64, pictures)) and (output["output_type"] != "stream" or {"name", "text"} <= set(output))
 
 def _is_cell(cell: object) -> bool:
     if not isinstance(cell, dict) or not (_is_text(cell.get("source")) and isinstance(cell.get("metadata", {}), dict)): return False

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,10 @@ def running(*args: str, home: Path, cwd: Path | None = None, **more: str):
             if found or server.poll() is not None: break
             time.sleep(0.1)
         assert found, said
+        for _ in range(300): # the address is written before anybody listens there
+            with socket.socket() as knock:
+                if not knock.connect_ex(("127.0.0.1", int(found[1]))): break
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{found[1]}", found[2], found[3]
     finally:
         os.killpg(server.pid, signal.SIGTERM)

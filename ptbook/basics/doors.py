@@ -74,7 +74,6 @@ def parse(
     try: value = json.loads(text)
     except RecursionError: value = ...
     if value is ... or text.count("[") + text.count("{") > DEEPEST and is_deep(value): raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-    if "\\u" in text: json.dumps(value, ensure_ascii=False).encode() # half of a surrogate pair is no text
     return value
 
 def read_json(
@@ -85,7 +84,9 @@ def read_json(
 ) -> Any:
     "A JSON value from a file of moderate size. Raises `error` naming the file."
     plain_file(path, most, error)
-    with naming(path, "JSON file", error): found = parse(path.read_text(encoding="utf-8"))
+    with naming(path, "JSON file", error):
+        found = parse(text := path.read_text(encoding="utf-8"))
+        if "\\u" in text: json.dumps(found, ensure_ascii=False).encode() # half of a surrogate pair is no text
     if not isinstance(found, kind): raise error(f"{path} holds a {type(found).__name__}, wanted a {kind.__name__}")
     return found
 

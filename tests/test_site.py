@@ -270,3 +270,12 @@ def test_axe_finds_nothing_serious(base, browser, theme):
 def test_the_command(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from ptbook.press.cli import main; main()", "site", "--out", str(ROOT/"nbs")], capture_output=True, text=True)
     assert done.returncode == 2 and "holds no site" in done.stderr and not done.stdout
+
+
+def test_a_figure_with_twice_the_dots_takes_the_same_place(tmp_path):
+    import matplotlib.pyplot as plt
+    from ptbook.press.site_render import size_of
+    fig = plt.figure(figsize=(7.2, 4.2))
+    for dots in (100, 200):
+        fig.savefig(tmp_path/"a.png", dpi=dots)
+        assert size_of((tmp_path/"a.png").read_bytes()) == ' width="720" height="420"'

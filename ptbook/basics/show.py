@@ -39,6 +39,9 @@ def use_style(
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
         "grid.color": "#999999", "grid.alpha": 0.35, "grid.linewidth": 0.8, "lines.linewidth": 2.2, "lines.markersize": 7,
         "legend.frameon": False, "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=DASHES), "svg.hashsalt": "ptbook"})
+    if "inline" in mpl.get_backend(): # in a notebook: twice the dots, in the same place
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+        set_matplotlib_formats("retina")
 
 # %% ../../nbs/00_basics/show.ipynb #d82c79cc
 ROLES = { # arms that recur through the book; all other names find their colour by a hash of the name

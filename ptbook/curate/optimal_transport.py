@@ -24,6 +24,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
 
 from ..basics.claims import Scale, claim, experiment
+from ..basics.doors import naming
 from ..basics.evaluate import evaluating
 from ..basics.models import logits_of
 from ..basics.sources import load
@@ -391,9 +392,15 @@ claim(got_d, "GOT-D, heavy, no replay", "<", "distribution match, heavy, no repl
 class Encoder:
     "Texts to vectors by a Hugging Face encoder, mean over tokens, such as sentence-transformers/all-MiniLM-L6-v2. It runs where its model lies; a GPU or another batch may change last bits."
     def __init__(self, path: str, batch: int = 64, max_length: int = 256): # a folder or a hub name; texts at once; tokens
-        from transformers import AutoModel, AutoTokenizer
-        self.model, self.tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        "Raises ValueError naming a folder that is damaged or lies."
+        from transformers import AutoModel
+        from ptbook.basics.weights import with_tokenizer
+        self.model, self.tokenizer = with_tokenizer(AutoModel, path)
         self.batch, self.max_length = batch, max_length
+        with naming(path, "encoder of texts"):
+            rows, most = len(self.model.get_input_embeddings().weight), max(self.tokenizer.get_vocab().values())
+            if most >= rows: raise ValueError(f"token {most} has no vector among {rows:,}")
+            self(["a word"])
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray: # (n, hidden_size)

@@ -28,7 +28,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
-from ..basics.doors import inside, naming, read_json
 from ..basics.sources import CATALOGUE, load
 from ..basics.text import ByteTokenizer
 from ..basics.whole import whole_files
@@ -265,18 +264,11 @@ def language_model(
     folder: str | os.PathLike, # a causal language model and its tokenizer, as `save_pretrained` writes them
 ) -> tuple[nn.Module, Callable[[str], list[int]]]: # the model, text -> ids
     "A model to ask for perplexities. Raises FileNotFoundError for a folder that is not there, ValueError for one that holds none."
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from ptbook.basics.weights import check_size
+    from transformers import AutoModelForCausalLM
+    from ptbook.basics.weights import with_tokenizer
     if not Path(folder).is_dir(): raise FileNotFoundError(f"model: no folder {folder}")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"):
-        if (Path(folder)/name).exists(): read_json(inside(Path(folder), name))
-    local = dict(trust_remote_code=False, local_files_only=True)
-    with naming(folder, "causal language model with its tokenizer"):
-        config = AutoConfig.from_pretrained(folder, **local)
-        check_size(Path(folder), config, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **local), AutoTokenizer.from_pretrained(folder, **local)
-        _encode(tokenizer, "a word") # some settings are looked at only now
-    return model.eval(), partial(_encode, tokenizer)
+    model, tokenizer = with_tokenizer(AutoModelForCausalLM, folder)
+    return model, partial(_encode, tokenizer)
 
 def _encode(tokenizer: Any, text: str) -> list[int]: return tokenizer(text, truncation=False, verbose=False)["input_ids"]
 

@@ -12,7 +12,6 @@ __all__ = ['SOURCES', 'softmax', 'Policy', 'checked_graph', 'checked_shares', 'S
 # %% ../../nbs/06_curate/skills.ipynb #4ebcd247
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.func import functional_call
 from torch.utils.data import default_collate
 
 from ..basics.claims import Scale, claim, experiment
+from ..basics.doors import naming, read_json
 from ..basics.evaluate import evaluating
 from ..basics.results import write_json
 from ..basics.sources import load
@@ -56,13 +56,18 @@ class Policy:
     @property
     def p(self) -> np.ndarray: return self.at(len(self.history)) # (k,) the mixture that is due
 
+    def checked(self, losses: Sequence[float]) -> np.ndarray: # (m,)
+        "Raises ValueError for losses that are not m finite numbers."
+        losses = np.array(losses, dtype=float)
+        if losses.shape != (self.m,) or not np.isfinite(losses).all(): raise ValueError(f"losses: got {losses.tolist()}, wanted {self.m} finite numbers, one per evaluation skill")
+        return losses
+
     def update(self,
         losses: Sequence[float], # (m,) on held-out data, in any one unit
         t: int | None = None, # the round that has ended; the next one if None. What was known of later rounds is forgotten
     ) -> np.ndarray: # (k,) the next mixture
         "Take note of a round's losses. Raises ValueError for losses that are not m finite numbers."
-        losses = np.array(losses, dtype=float)
-        if losses.shape != (self.m,) or not np.isfinite(losses).all(): raise ValueError(f"losses: got {losses.tolist()}, wanted {self.m} finite numbers, one per evaluation skill")
+        losses = self.checked(losses)
         t = len(self.history) if t is None else t
         if not 0 <= t <= len(self.history): raise ValueError(f"t: got {t}, wanted a round from 0 to {len(self.history)}: the losses of all rounds before it")
         self.history[t:] = [losses]
@@ -73,10 +78,11 @@ class Policy:
         write_json(Path(path), {"settings": self.settings(), "history": [row.tolist() for row in self.history]})
 
     def resume(self, path: str | Path) -> "Policy": # itself
-        "Read the losses of a run that was saved. Raises ValueError if they are another policy's."
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-        if state["settings"] != self.settings(): raise ValueError(f"path: {path} holds the losses of {state['settings']}, wanted those of {self.settings()}")
-        self.history = [np.array(row, dtype=float) for row in state["history"]]
+        "Read the losses of a run that was saved. Raises ValueError if they are another policy's, or the file holds none."
+        state = read_json(Path(path))
+        with naming(path, "policy's losses"):
+            if state["settings"] != self.settings(): raise ValueError(f"path: {path} holds the losses of {state['settings']}, wanted those of {self.settings()}")
+            self.history = [self.checked(row) for row in state["history"]]
         return self
 
 # %% ../../nbs/06_curate/skills.ipynb #016df74f

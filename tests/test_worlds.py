@@ -27,6 +27,12 @@ def test_a_warp_is_undone_by_its_opposite(how, other):
     assert (warp(blob) - blob).abs().max() < 1e-5 and warp(blob, side=16).shape == (1, 1, 16, 16)
 
 
+def test_each_image_is_warped_by_its_own_amount():
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.allclose(warp(x, torch.pi / 2), torch.rot90(x, 1, (2, 3)), atol=1e-4)
+    assert torch.allclose(warp(x, torch.tensor([0.0, 1.0, 0.0]))[[0, 2]], x[[0, 2]], atol=1e-6)
+
+
 def test_views_depend_on_the_step_and_the_seed_alone():
     x, y = letters()
     a, b, c = Views(x, y, 8, seed=1), Views(x, y, 8, seed=1), Views(x, y, 8, seed=2)

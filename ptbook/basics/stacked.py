@@ -70,7 +70,7 @@ def clip_each(
     limit: float, # largest norm of a model's gradient
 ) -> Tensor: # (K,) the norms before
     "Scale each model's gradient, in place, so that its norm over all tensors is at most `limit`."
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in grads]).norm(dim=0) # (K,) too: a scalar of each
     factor = (limit / (norms + 1e-6)).clamp(max=1.0)
     for g in grads: g.mul_(_along(factor, g))
     return norms

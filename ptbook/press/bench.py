@@ -16,7 +16,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import math
 import os
 import platform
@@ -31,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..basics.doors import read_json
 from ..basics.results import code_hash, module_source, results_folder, versions, write_json
 from .ledger import UnknownName, nearest
 
@@ -199,7 +199,7 @@ def kept_rows(
     folder: Path | None = None, # None: `speed_folder`
 ) -> dict[str, dict]: # set -> its record
     "All measurements that are kept, in the order of the sets."
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder or speed_folder()).glob("*.json"))}
+    found = {path.stem: read_json(path) for path in sorted((folder or speed_folder()).glob("*.json"))}
     order = ["basics", *ELSEWHERE]
     return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order))}
 

@@ -102,7 +102,7 @@ def make_models(
         (folder / "complete").touch()
     return [folder / name for name in names]
 
-
+# %% ../../nbs/13_press/bench_merge.ipynb #eccfc2ba
 def commands(
     method: str, # linear, task_arithmetic or ties
     models: Sequence[Path], # base, then the fine-tuned
@@ -171,10 +171,10 @@ def disk_seconds(
     out.unlink()
     return seconds
 
-
+# %% ../../nbs/13_press/bench_merge.ipynb #4ca436c6
 def merge_rows(
     method: str,
-    repetitions: int, # at most 3 are made, for each takes its time
+    repetitions: int, # at most 2 are made, for each takes its time
     sizes: dict | None = None, # of the models; None: LARGE
 ) -> list[dict]: # time, memory, distance from the disk
     "Both programs in turns, and the disk."
@@ -187,7 +187,7 @@ def merge_rows(
     megabytes = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e6
     disk_seconds(read, folder / "plain") # from now on the inputs are in the page cache
     cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    for turn in range(max(1, min(repetitions, 3))):
+    for turn in range(max(1, min(repetitions, 2))):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):
             shutil.rmtree(folder / ("ours", "theirs")[side], ignore_errors=True)
             used[side].append(measured(pair[side], OMP_NUM_THREADS=cores, HF_HUB_OFFLINE="1"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptbook.basics.models import Transformer, style
-from ptbook.basics.stacked import Beside, fit_stacked, stack, stacked_logits
+from ptbook.basics.stacked import clip_each, Beside, fit_stacked, stack, stacked_logits
 from ptbook.basics.text import Stream
 from ptbook.basics.train import NonFiniteLoss, fit
 
@@ -102,3 +102,9 @@ def test_a_loss_that_is_no_number_names_step_and_model():
     bad = [torch.zeros(2, 4, 3)] * 3
     bad[2] = torch.stack([torch.zeros(4, 3), torch.full((4, 3), torch.inf)])
     with pytest.raises(NonFiniteLoss, match="step 3.*model 1"): fit_stacked([nn.Linear(3, 1), nn.Linear(3, 1)], lambda m, x: m(x).pow(2).mean(), bad, 3)
+
+
+def test_each_model_is_clipped_by_its_own_norm_over_tensors_of_any_shape():
+    grads = [torch.tensor([3.0, 0.3]), torch.tensor([[[4.0, 0.0]], [[0.0, 0.4]]])] # of two models: a scalar and a matrix of each
+    norms = clip_each(grads, 1.0)
+    assert torch.allclose(norms, torch.tensor([5.0, 0.5])) and torch.allclose(grads[0], torch.tensor([0.6, 0.3])) and torch.allclose(grads[1][:, 0], torch.tensor([[0.8, 0.0], [0.0, 0.4]]))

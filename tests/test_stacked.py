@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptbook.basics.models import Transformer, style
-from ptbook.basics.stacked import clip_each, Beside, fit_stacked, stack, stacked_logits
+from ptbook.basics.stacked import Beside, clip_each, fit_stacked, stack, stacked_logits
 from ptbook.basics.text import Stream
 from ptbook.basics.train import NonFiniteLoss, fit
 

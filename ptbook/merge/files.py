@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['local', 'HEAVY', 'PART', 'entries', 'blocks', 'Plan', 'lay_out', 'culprit', 'merge_part', 'find_cut', 'merge_all',
-           'Merged', 'check_place', 'config_of', 'cores', 'merge_files']
+           'check_place', 'prepare', 'config_of', 'complete', 'Merged', 'cores', 'merge_files']
 
 # %% ../../nbs/05_merge/files.ipynb #5e454e65
 import json, os, shutil, struct, threading, time
@@ -95,7 +95,7 @@ def culprit(
                 return MergeError(f"{name!r} in {slot.file} holds numbers that are not finite")
     return MergeError(f"{name!r}: the merged numbers are too large for {plan.out[name].dtype}")
 
-
+# %% ../../nbs/05_merge/files.ipynb #ecf4d136
 def merge_part(
     plan: Plan,
     name: str, # of a tensor
@@ -122,7 +122,7 @@ def merge_part(
             out.seek(goal.at + first * goal.dtype.itemsize)
             while view: view = view[out.write(view):]
 
-
+# %% ../../nbs/05_merge/files.ipynb #e7c99a70
 HEAVY = threading.Semaphore(2) # large tensors that may be in memory at the same time
 
 
@@ -170,6 +170,57 @@ def merge_all(
         torch.set_num_threads(before)
 
 # %% ../../nbs/05_merge/files.ipynb #6d9e804f
+def check_place(
+    out: Path,
+    folders: Sequence[Path], # inputs
+    overwrite: bool,
+) -> None:
+    "Raises MergeError if the output would take the place of something."
+    if os.path.lexists(out) and (not overwrite or out.is_symlink() or not out.is_dir()):
+        raise MergeError(f"{out} is there already" + ("; wanted a new name, or permission to overwrite it" if not overwrite else " and is no folder"))
+    for folder in folders:
+        if folder.resolve().is_relative_to(out.resolve()): raise MergeError(f"{out} is, or holds, the input {folder}: wanted another place")
+
+# %% ../../nbs/05_merge/files.ipynb #9a104615
+def prepare(
+    plan: Plan,
+    out: Path, # where the folder will be
+) -> int: # bytes that the files have
+    "Make the output's files, with their headers and at full length. Raises MergeError if the disk has no room for them."
+    sizes = {file: max([len(header), *(s.at + s.nbytes for s in plan.out.values() if s.file == file)]) for file, header in plan.headers.items()}
+    free = shutil.disk_usage(out.parent).free
+    if sum(sizes.values()) > free: raise MergeError(f"{out} needs {sum(sizes.values()):,} bytes, and the disk has {free:,}")
+    for file, header in plan.headers.items():
+        file.write_bytes(header)
+        os.truncate(file, sizes[file])
+    return sum(sizes.values())
+
+
+def config_of(
+    folder: Path,
+    places: Mapping[str, Slot], # of the output
+) -> str: # JSON
+    "The configuration of the output, with the dtype of its largest tensor."
+    config, largest = read_json(inside(folder, "config.json")), max(places.values(), key=lambda slot: slot.count, default=None)
+    if largest: config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(largest.dtype).removeprefix("torch.")
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def complete(
+    plan: Plan,
+    draft: Path, # the folder that holds the merged tensors
+    homes: Sequence[Path], # inputs whose configuration and tokenizer it gets: those of the first that has them
+) -> None:
+    "Add what else belongs to a model."
+    if "model.safetensors" not in {file.name for file in plan.headers}:
+        index = {"metadata": {"total_size": sum(s.nbytes for s in plan.out.values())}, "weight_map": {n: s.file.name for n, s in plan.out.items()}}
+        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (draft / "config.json").write_text(config_of(homes[0], plan.out), encoding="utf-8")
+    for name in CARRIED:
+        source = next((f for f in homes if (f / name).exists()), None)
+        if source: shutil.copyfile(inside(source, name), draft / name)
+
+# %% ../../nbs/05_merge/files.ipynb #a8b29fb1
 @dataclass(frozen=True)
 class Merged:
     "What a merge did."
@@ -185,28 +236,6 @@ class Merged:
     def __str__(self) -> str:
         return (f"{self.folder}: {self.parameters:,} numbers in {self.tensors} tensors and {self.files} file{'s' * (self.files > 1)}, merged by {self.recipe.method} "
                 f"from {len(self.recipe.weights)} models; {self.read / 1e6:,.0f} MB read and {self.written / 1e6:,.0f} MB written in {self.seconds:.1f} s")
-
-
-def check_place(
-    out: Path,
-    folders: Sequence[Path], # inputs
-    overwrite: bool,
-) -> None:
-    "Raises MergeError if the output would take the place of something."
-    if os.path.lexists(out) and (not overwrite or out.is_symlink() or not out.is_dir()):
-        raise MergeError(f"{out} is there already" + ("; wanted a new name, or permission to overwrite it" if not overwrite else " and is no folder"))
-    for folder in folders:
-        if folder.resolve().is_relative_to(out.resolve()): raise MergeError(f"{out} is, or holds, the input {folder}: wanted another place")
-
-
-def config_of(
-    folder: Path,
-    places: Mapping[str, Slot], # of the output
-) -> str: # JSON
-    "The configuration of the output, with the dtype of its largest tensor."
-    config, largest = read_json(inside(folder, "config.json")), max(places.values(), key=lambda slot: slot.count, default=None)
-    if largest: config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(largest.dtype).removeprefix("torch.")
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def cores() -> int:
@@ -238,25 +267,14 @@ def merge_files(
     check_place(out, everyone, overwrite)
     models, kind = [tensors_of(folder) for folder in everyone], getattr(torch, dtype) if dtype else None
     for folder, tensors in zip(everyone[1:], models[1:]): check_alike(everyone[0], folder, models[0], tensors)
-    home = everyone[-1] if base is not None else everyone[0]
+    homes = [everyone[-1], everyone[0]] if base is not None else [everyone[0]]
     try:
         with whole_folder(out, overwrite) as draft:
             places, headers = lay_out(models[0], draft, kind)
             plan = Plan(recipe, models[:len(folders)], models[-1] if recipe.needs_base else None, places, headers)
-            sizes = {file: max([len(h), *(s.at + s.count * s.dtype.itemsize for s in places.values() if s.file == file)]) for file, h in headers.items()}
-            free = shutil.disk_usage(draft).free
-            if sum(sizes.values()) > free: raise MergeError(f"{out} needs {sum(sizes.values()):,} bytes, and the disk has {free:,}")
-            for file, header in headers.items():
-                file.write_bytes(header)
-                os.truncate(file, sizes[file])
+            written = prepare(plan, out)
             merge_all(plan, threads or cores(), progress)
-            if "model.safetensors" not in {file.name for file in headers}:
-                index = {"metadata": {"total_size": sum(s.count * s.dtype.itemsize for s in places.values())}, "weight_map": {n: s.file.name for n, s in places.items()}}
-                (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-            (draft / "config.json").write_text(config_of(home, places), encoding="utf-8")
-            for name in CARRIED:
-                source = next((f for f in (home, everyone[0]) if (f / name).exists()), None)
-                if source: shutil.copyfile(inside(source, name), draft / name)
+            complete(plan, draft, homes)
     except OSError as error: raise MergeError(f"{out} could not be written: {error}") from error
-    read_bytes = sum(s.count * s.dtype.itemsize for model in [*plan.models, *([plan.base] if plan.base else [])] for s in model.values())
-    return Merged(out, recipe, len(places), sum(s.count for s in places.values()), len(headers), read_bytes, sum(sizes.values()), time.perf_counter() - begun)
+    read = sum(s.nbytes for model in [*plan.models, *([plan.base] if plan.base else [])] for s in model.values())
+    return Merged(out, recipe, len(places), sum(s.count for s in places.values()), len(headers), read, written, time.perf_counter() - begun)

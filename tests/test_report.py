@@ -89,7 +89,7 @@ def test_files_that_change_are_noticed(tmp_path, monkeypatch):
 
 def test_rows_of_any_shape(tmp_path):
     draw = random.Random(1)
-    values = [None, 1, 2**70, 1.5, "text", True, [1, "a"], {"k": [1]}, {"k": {"l": None}}, []]
+    values = [None, 1, 2**53 + 1, 2**70, 1.5, "text", True, [1, "a"], {"k": [1]}, {"k": {"l": None}}, []]
     rows = [{f"c{j}": draw.choice(values) for j in range(6) if draw.random() < 0.7} | {"text": str(i)} for i in range(200)]
     with RowWriter(tmp_path/"rows.parquet", chunk=7) as writer:
         for row in rows: writer.add(row)

@@ -89,7 +89,7 @@ def test_files_that_change_are_noticed(tmp_path, monkeypatch):
 
 def test_rows_of_any_shape(tmp_path):
     draw = random.Random(1)
-    values = [None, 1, 2**53 + 1, 2**70, 1.5, "text", True, [1, "a"], {"k": [1]}, {"k": {"l": None}}, []]
+    values = [None, 1, 2**70, 1.5, "text", True, [1, "a"], {"k": [1]}, {"k": {"l": None}}, []]
     rows = [{f"c{j}": draw.choice(values) for j in range(6) if draw.random() < 0.7} | {"text": str(i)} for i in range(200)]
     with RowWriter(tmp_path/"rows.parquet", chunk=7) as writer:
         for row in rows: writer.add(row)
@@ -99,6 +99,16 @@ def test_rows_of_any_shape(tmp_path):
         for name in row:
             said = got[name]
             assert said == row[name] or json.loads(said) == row[name], (name, row[name], said)
+
+
+@pytest.mark.parametrize("nest", [lambda n: n, lambda n: [n], lambda n: {"of": n}])
+def test_no_number_is_rounded(tmp_path, nest):
+    numbers = [2**53 + 1, None, 0.5, 3]
+    with RowWriter(tmp_path/"rows.parquet", chunk=1) as writer:
+        for number in numbers: writer.add({"n": nest(number), "whole": 2**53 + 1, "few": 0.5 if number == 3 else 7})
+    back = pq.read_table(tmp_path/"rows.parquet").to_pydict()
+    assert [r if r is None else json.loads(r) for r in back["n"]] == [nest(number) for number in numbers]
+    assert back["whole"] == [2**53 + 1] * 4 and back["few"] == [7.0, 7.0, 7.0, 0.5]
 
 
 def test_a_sample_is_fair_and_repeatable():

@@ -60,6 +60,15 @@ def _holds(kind: pa.DataType, column: pa.Array) -> bool:
     except pa.ArrowException: return False
     return True
 
+def _kinds(found: Mapping[str, list[pa.DataType]], tables: Callable[[], Iterable[pa.Table]]) -> dict[str, pa.DataType]:
+    "One type for each column, of those found in the tables; text if no other holds all its values."
+    kinds = {name: _joined(list(dict.fromkeys(several))) for name, several in found.items()}
+    mixed = {name for name, several in found.items() if len({*several} - {pa.null()}) > 1}
+    for table in tables() if mixed else ():
+        for name in mixed.intersection(table.column_names):
+            if not _holds(kinds[name], table[name].combine_chunks()): kinds[name] = pa.string()
+    return kinds
+
 # %% ../../nbs/06_curate/report.ipynb #d4fd03b3
 class RowWriter:
     "Writes rows of any shape to one Parquet file: `add` them, then `close`. Needs the memory of a chunk."
@@ -91,12 +100,7 @@ class RowWriter:
     def close(self) -> None:
         "Join the chunks."
         self._spill()
-        kinds = {name: _joined(list(dict.fromkeys(found))) for name, found in self.kinds.items()}
-        mixed = {name for name, found in self.kinds.items() if len({*found} - {pa.null()}) > 1}
-        for table in self._tables() if mixed else ():
-            for name in mixed.intersection(table.column_names):
-                if not _holds(kinds[name], table[name].combine_chunks()): kinds[name] = pa.string()
-        schema = pa.schema(kinds.items())
+        schema = pa.schema(_kinds(self.kinds, self._tables).items())
         with pq.ParquetWriter(self.path, schema, compression="zstd") as out:
             for table in self._tables():
                 out.write_table(pa.table([_cast(table[f.name].combine_chunks(), f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in schema], schema=schema))

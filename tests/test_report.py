@@ -101,6 +101,16 @@ def test_rows_of_any_shape(tmp_path):
             assert said == row[name] or json.loads(said) == row[name], (name, row[name], said)
 
 
+@pytest.mark.parametrize("nest", [lambda n: n, lambda n: [n], lambda n: {"of": n}])
+def test_no_number_is_rounded(tmp_path, nest):
+    numbers = [2**53 + 1, None, 0.5, 3]
+    with RowWriter(tmp_path/"rows.parquet", chunk=1) as writer:
+        for number in numbers: writer.add({"n": nest(number), "whole": 2**53 + 1, "few": 0.5 if number == 3 else 7})
+    back = pq.read_table(tmp_path/"rows.parquet").to_pydict()
+    assert [r if r is None else json.loads(r) for r in back["n"]] == [nest(number) for number in numbers]
+    assert back["whole"] == [2**53 + 1] * 4 and back["few"] == [7.0, 7.0, 7.0, 0.5]
+
+
 def test_a_sample_is_fair_and_repeatable():
     stream = [Record(f"text {i}") for i in range(3000)] + [Record(None), Record(" ")]
     drawn = sample(stream, 300)

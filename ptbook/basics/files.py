@@ -100,7 +100,7 @@ def open_parquet(
     words = [file.schema.column(c).path for c in columns if file.schema.column(c).physical_type == "BYTE_ARRAY"]
     return pq.ParquetFile(path, read_dictionary=words)
 
-
+# %% ../../nbs/00_basics/files.ipynb #48ab4612
 def spelt_out(
     array: pa.Array, # of a column, or a batch as one array
 ) -> int: # bytes
@@ -113,7 +113,7 @@ def spelt_out(
         return sum(map(spelt_out, array.flatten() if pa.types.is_struct(array.type) else [array.flatten()]))
     return array.nbytes
 
-
+# %% ../../nbs/00_basics/files.ipynb #fbe968b7
 def read_parquet(
     path: Path, # a Parquet file
 ) -> pa.Table:
@@ -151,7 +151,7 @@ def _with_text(table: pa.Table, column: str, path: Path) -> pa.Table:
         raise ValueError(f"{path} has columns 'text' and 'text_before' besides {column!r}, and a column cannot be renamed")
     return kept.rename_columns(["text" if k == column else "text_before" if k == "text" else k for k in kept.column_names])
 
-# %% ../../nbs/00_basics/files.ipynb #f4e8b3f4
+# %% ../../nbs/00_basics/files.ipynb #6fc5b6c8
 _TEXT, _TABLES = {".txt", ".md", ".rst", ".py", ".html", ".tex", ".org"}, {".jsonl", ".parquet", ".csv"}
 
 
@@ -175,7 +175,7 @@ def _why_skip(path: Path) -> str: # "" for a text file
     except ValueError:
         return "binary file"
 
-
+# %% ../../nbs/00_basics/files.ipynb #f4e8b3f4
 def read_folder(folder: Path) -> pa.Table: # columns text and name
     "Every text file under a folder in path order; what is skipped is counted in a warning."
     texts, skipped = {}, Counter()

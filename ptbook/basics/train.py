@@ -262,6 +262,15 @@ def _save(run: Run, keeper: Keeper):
     _on_all(keeper.accelerator, check)
     keeper.save(run.history, run.seconds)
 
+# %% ../../nbs/00_basics/train.ipynb #b3fea896
+@contextmanager
+def _shared(model: nn.Module, accelerator: Accelerator):
+    "The model as the processes train it, and as the loss calls it; afterwards the caller's is as it was, but for the weights."
+    split = sharding()
+    with _borrowed(model if split else model.to(accelerator.device), accelerator.device):
+        trained = sharded(model, accelerator.device) if split else model
+        yield trained, trained if split else accelerator.prepare(model)
+
 # %% ../../nbs/00_basics/train.ipynb #b78f169d
 @contextmanager
 def _handed_back(run: Run, model: nn.Module):
@@ -324,10 +333,7 @@ def fit(
     accelerator = _accelerator(precision, trackers, folder)
     batches = dealt(batches, accelerator.num_processes)
     settings["micro-batches per update"] = settings.pop("accumulate") * accelerator.num_processes # the same number of them is the same run
-    split = sharding()
-    with _borrowed(model if split else model.to(accelerator.device), accelerator.device):
-        trained = sharded(model, accelerator.device) if split else model
-        wrapped = trained if split else accelerator.prepare(model)
+    with _shared(model, accelerator) as (trained, wrapped):
         optimizer = torch.optim.AdamW(decay_groups(trained, weight_decay), lr=lr, betas=betas, fused=True)
         keeper = Keeper(folder, settings, trained, optimizer, batches, accelerator)
         run = Run(trained, *keeper.resume(), keeper.folder)

@@ -64,6 +64,20 @@ class Heuristics:
         return np.array([sum(self.passed(text).values()) / len(RULES) for text in texts], float)
 
 # %% ../../nbs/06_curate/baselines.ipynb #0ace10a1
+def _ngrams(
+    hashes: np.ndarray, # (words,) uint64
+    offsets: np.ndarray, # (documents + 1,) where each document begins
+    n: int, # words: the longest n-gram
+    buckets: int, # per length
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]: # of 1 ... n words: buckets of the n-grams, of their contexts, at which word each ends
+    "All n-grams of all lengths."
+    def slots(h: np.ndarray) -> np.ndarray: return (h % np.uint64(buckets)).astype(np.int64)
+    place = np.arange(len(hashes)) - np.repeat(offsets[:-1], np.diff(offsets))
+    grams, ends = zip(*((grams_of(hashes, offsets, k)[0], np.flatnonzero(place >= k - 1)) for k in range(1, n + 1)))
+    before = [shorter[np.searchsorted(end, longer - 1)] for shorter, end, longer in zip(grams, ends, ends[1:])]
+    return list(zip(map(slots, grams), map(slots, [np.zeros(len(hashes), np.uint64), *before]), ends))
+
+# %% ../../nbs/06_curate/baselines.ipynb #1afff183
 class NgramModel:
     "A scorer: mean log2 probability per word under counts of n-grams (Witten and Bell 1991), with hashed buckets. Raises ValueError for text without words."
     def __init__(self,
@@ -74,25 +88,13 @@ class NgramModel:
     ):
         if n < 1: raise ValueError(f"n: got {n}, wanted 1 or more words")
         self.n, self.buckets, self.words = n, buckets, words
-        orders = self._orders(*word_hashes(texts))
-        grams = [self._slots(g) for g, _ in orders]
-        if not len(grams[0]): raise ValueError(f"texts: got {len(texts)} documents without words, wanted text")
-        self.count = [np.bincount(g, minlength=buckets).astype(np.float32) for g in grams]
-        self.total, self.kinds = [], [] # of what follows a context
-        for k, (g, context) in enumerate(zip(grams, [np.zeros(len(grams[0]), np.int64), *self._contexts(orders)])):
-            self.total.append(np.bincount(context, minlength=buckets if k else 1).astype(np.float32))
-            self.kinds.append(np.bincount(np.unique(context * buckets + g) // buckets, minlength=buckets if k else 1).astype(np.float32))
-
-    def _slots(self, hashes: np.ndarray) -> np.ndarray: return (hashes % np.uint64(self.buckets)).astype(np.int64)
-
-    def _orders(self, hashes: np.ndarray, offsets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]: # of 1 ... n words: hashes, ends
-        "All n-grams of all lengths, and at which word each ends."
-        place = np.arange(len(hashes)) - np.repeat(offsets[:-1], np.diff(offsets))
-        return [(grams_of(hashes, offsets, k)[0], np.flatnonzero(place >= k - 1)) for k in range(1, self.n + 1)]
-
-    def _contexts(self, orders: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]: # of 2 ... n words: slots of the contexts
-        "For every n-gram, what stands before its last word."
-        return [self._slots(shorter[np.searchsorted(ends, longer - 1)]) for (shorter, ends), (_, longer) in zip(orders, orders[1:])]
+        hashes, offsets = word_hashes(texts)
+        if not len(hashes): raise ValueError(f"texts: got {len(texts)} documents without words, wanted text")
+        self.count, self.total, self.kinds = [], [], [] # of an n-gram; of what follows a context: words, different words
+        for k, (grams, contexts, _) in enumerate(_ngrams(hashes, offsets, n, buckets)):
+            self.count.append(np.bincount(grams, minlength=buckets).astype(np.float32))
+            self.total.append(np.bincount(contexts, minlength=buckets if k else 1).astype(np.float32))
+            self.kinds.append(np.bincount(np.unique(contexts * buckets + grams) // buckets, minlength=buckets if k else 1).astype(np.float32))
 
     def log2_probabilities(self,
         texts: Sequence[str], # documents
@@ -100,12 +102,10 @@ class NgramModel:
         "Of every word, given those before it in its document."
         hashes, offsets = word_hashes(texts)
         p = np.full(len(hashes), 1 / self.words)
-        orders = self._orders(hashes, offsets)
-        contexts = [np.zeros(len(hashes), np.int64), *self._contexts(orders)]
-        for (grams, ends), context, count, total, kinds in zip(orders, contexts, self.count, self.total, self.kinds):
-            seen, kinds = total[context], kinds[context]
+        for (grams, contexts, ends), count, total, kinds in zip(_ngrams(hashes, offsets, self.n, self.buckets), self.count, self.total, self.kinds):
+            seen, kinds = total[contexts], kinds[contexts]
             known = seen > 0
-            times = np.minimum(count[self._slots(grams)], seen) # a shared bucket may say more
+            times = np.minimum(count[grams], seen) # a shared bucket may say more
             p[ends[known]] = (times[known] + kinds[known] * p[ends[known]]) / (seen + kinds)[known]
         return np.log2(p), offsets
 

@@ -68,6 +68,7 @@ class Plan:
         "Where something about a shard is written."
         return Path(out)/folder/f"{shard:06d}{self.suffix(shard) if folder == 'kept' else '.parquet'}"
 
+# %% ../../nbs/06_curate/pipeline.ipynb #4c20dfc6
 def cut(
     files: Files,
     together: int, # bytes, up to which files share a shard

@@ -145,17 +145,26 @@ def _paragraphs(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, 
 # %% ../../nbs/06_curate/records.ipynb #fdb8a219
 _TEXTS = {".txt", ".md", ".rst", ".py", ".html", ".tex", ".org"}
 
-def _reader(path: Path, alone: bool) -> Callable | None: # None: not a kind that is read
+def _unread(path: Path, text: str) -> Iterator[tuple[Any, dict | None, int, str]]:
+    "A file of another kind."
+    yield None, None, 1, f"a file of a kind that is not read ({path.suffix or 'no suffix'})"
+
+def _reader(path: Path, alone: bool) -> Callable:
     "How the file at a path is read."
     kinds = [s.lower() for s in path.suffixes[-2:]]
     if kinds[-1:] == [".jsonl"] or kinds == [".jsonl", ".gz"] or kinds == [".json", ".gz"]: return _jsonl
     if kinds[-1:] == [".parquet"]: return _parquet
-    return (_paragraphs if alone else _whole) if kinds[-1:] and kinds[-1] in _TEXTS else None
+    return (_paragraphs if alone else _whole) if kinds[-1:] and kinds[-1] in _TEXTS else _unread
 
 def _walk(folder: Path) -> Iterator[Path]:
     "The files under a folder in the order of their paths, without hidden ones and links."
     for path in sorted(folder.rglob("*"), key=lambda p: p.relative_to(folder).as_posix()):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts) and not path.is_symlink() and path.is_file(): yield path
+
+def _called(path: Path, root: Path) -> tuple[str, str]: # name, and the shard or folder it lies in
+    "What a file is called in the corpus at `root`."
+    name = os.fsencode(path.name if path == root else path.relative_to(root).as_posix()).decode(errors="backslashreplace") # a name need not be UTF-8
+    return name, name.split("/")[0].split(".")[0]
 
 # %% ../../nbs/06_curate/records.ipynb #ebaa16b3
 @dataclass
@@ -169,7 +178,7 @@ class Files:
     def __post_init__(self):
         self.path = Path(self.path).expanduser()
         if not self.path.exists(): raise FileNotFoundError(f"no file or folder {self.path}")
-        if self.path.is_file() and not _reader(self.path, True): raise ValueError(f"{self.path}: wanted .jsonl, .jsonl.gz, .parquet, a text file or a folder of them")
+        if self.path.is_file() and _reader(self.path, True) is _unread: raise ValueError(f"{self.path}: wanted .jsonl, .jsonl.gz, .parquet, a text file or a folder of them")
 
     @property
     def size(self) -> int:
@@ -184,15 +193,9 @@ class Files:
         path: Path, # one of `paths`
     ) -> Iterator[Record]:
         "The records of one file."
-        alone = path == self.path
-        name = os.fsencode(path.name if alone else path.relative_to(self.path).as_posix()).decode(errors="backslashreplace") # a name need not be UTF-8
-        domain = name.split("/")[0].split(".")[0] # the shard, or the folder it lies in
-        reader = _reader(path, alone)
-        if reader is None:
-            yield Record(None, {}, name, domain, f"a file of a kind that is not read ({path.suffix or 'no suffix'})")
-            return
+        (name, domain), reader = _called(path, self.path), _reader(path, path == self.path)
         for value, row, number, problem in reader(path, self.text):
-            place = name if reader is _whole else f"{name}:{number}"
+            place = name if reader in (_whole, _unread) else f"{name}:{number}"
             if row is None: yield Record(None, {}, place, domain, problem)
             else: yield _checked(value, row, place, str(row["domain"]) if isinstance(row.get("domain"), str | int) and row["domain"] else domain)
 

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,21 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.array([None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()])
     return column.cast(kind)
 
+def _holds(kind: pa.DataType, column: pa.Array) -> bool:
+    "Whether a type can hold a column's values: floating point has no place for every integer."
+    try: _cast(column, kind)
+    except pa.ArrowException: return False
+    return True
+
+def _kinds(found: Mapping[str, list[pa.DataType]], tables: Callable[[], Iterable[pa.Table]]) -> dict[str, pa.DataType]:
+    "One type for each column, of those found in the tables; text if no other holds all its values."
+    kinds = {name: _joined(list(dict.fromkeys(several))) for name, several in found.items()}
+    mixed = {name for name, several in found.items() if len({*several} - {pa.null()}) > 1}
+    for table in tables() if mixed else ():
+        for name in mixed.intersection(table.column_names):
+            if not _holds(kinds[name], table[name].combine_chunks()): kinds[name] = pa.string()
+    return kinds
+
 # %% ../../nbs/06_curate/report.ipynb #d4fd03b3
 class RowWriter:
     "Writes rows of any shape to one Parquet file: `add` them, then `close`. Needs the memory of a chunk."
@@ -77,13 +92,16 @@ class RowWriter:
         with pa.ipc.new_file(self.parts[-1], table.schema) as file: file.write_table(table)
         self.rows = []
 
+    def _tables(self) -> Iterator[pa.Table]:
+        for part in self.parts:
+            with pa.ipc.open_file(part) as file: yield file.read_all()
+
     def close(self) -> None:
         "Join the chunks."
         self._spill()
-        schema = pa.schema([(name, _joined(list(dict.fromkeys(kinds)))) for name, kinds in self.kinds.items()])
+        schema = pa.schema(_kinds(self.kinds, self._tables).items())
         with pq.ParquetWriter(self.path, schema, compression="zstd") as out:
-            for part in self.parts:
-                with pa.ipc.open_file(part) as file: table = file.read_all()
+            for table in self._tables():
                 out.write_table(pa.table([_cast(table[f.name].combine_chunks(), f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in schema], schema=schema))
 
     def __enter__(self): return self

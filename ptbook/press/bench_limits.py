@@ -160,7 +160,7 @@ class Reached:
     def intensity(self) -> float: return self.work.flops / self.work.bytes # operations per byte
     def gap(self, limits: Limits) -> float: return self.seconds / limits.seconds(self.work) # 1 is the limit
 
-
+# %% ../../nbs/13_press/bench_limits.ipynb #ad333a4c
 def reach(
     works: Iterable[Work], # with different names
     repetitions: int = 5,
@@ -331,7 +331,7 @@ class Throughput:
         sheet = f", {self.flops / self.told:.0%} of the data sheet's {self.told / 1e12:.0f}" if self.told else ""
         return f"{self.tokens:,.0f} tokens per second on {self.device}: {self.mfu:.0%} of the {self.peak / 1e12:.3g} TFLOP/s of matrix products here{sheet}"
 
-
+# %% ../../nbs/13_press/bench_limits.ipynb #1d141e8d
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor: # (batch, length) -> scalar, nats
     "Cross-entropy of every token but the first."
     return nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -360,7 +360,7 @@ def gpt2_small_throughput(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Throughput(batch * length / seconds, model_flops(config, batch, length) / seconds, peak, told, seconds, name)
 
-
+# %% ../../nbs/13_press/bench_limits.ipynb #2319618c
 @benchmark("gpu")
 def gpu_pretraining(repetitions: int = 8) -> dict:
     "pre-training of GPT-2 small in bfloat16 on a GPU."

@@ -172,7 +172,7 @@ def check_source(
     if source is None or source in offered: return
     raise ValueError(f"{slug} has no source {source!r}; " + (f"wanted one of {', '.join(offered)}" if offered else "it runs on its own synthetic data only"))
 
-
+# %% ../../nbs/13_press/cli.ipynb #d6a0a917
 @app.command(rich_help_panel="Measure", epilog="Example: ptbook run qwen25 --scale tiny --seeds 0:2 --json")
 def run(
     slug: Annotated[str, typer.Argument(help="A paper's slug, as `ptbook ledger` lists them.")],
@@ -197,7 +197,7 @@ def run(
     if as_json: print_json(report.to_dict())
     else: print(report)
 
-
+# %% ../../nbs/13_press/cli.ipynb #cbd475b7
 @app.command(rich_help_panel="Measure", epilog='Example: accelerate launch --config_file "$(ptbook config fsdp)" --num_processes 4 --no_python ptbook run qwen25 --scale full')
 def config(
     name: Annotated[str, typer.Argument(help="ddp: every process holds the whole model; fsdp: each a share of it.")],
@@ -256,7 +256,7 @@ def tour(
     from ptbook.press.tour import tour as take_tour
     take_tour(text=None if text is None else str(text), out=str(out))
 
-
+# %% ../../nbs/13_press/cli.ipynb #4c3094bd
 def source_rows() -> list[dict]:
     "One row per data set of the catalogue: name, where it is to be had now, licence, rows, description."
     from ptbook.basics.sources import CATALOGUE, places
@@ -271,7 +271,7 @@ def sources(as_json: Json = False) -> None:
     def count(r): return ", ".join(f"{split} {n:,}" for split, n in (r["rows"] or {}).items())
     print(as_table([[r["name"], ", ".join(r["places"]) or "a mirror only (PTBOOK_DATA)", r["licence"], count(r)] for r in rows], ["name", "to be had from", "licence", "rows"]))
 
-
+# %% ../../nbs/13_press/cli.ipynb #3127a632
 @app.command(rich_help_panel="Make", epilog="Example: ptbook refresh objectives/causal")
 def refresh(
     chapter: Annotated[str, typer.Argument(help="A chapter, a paper's slug, 'index' or 'tour'.")],
@@ -289,7 +289,7 @@ def readme() -> None:
     from ptbook.press.refresh import write_readme
     print(write_readme())
 
-# %% ../../nbs/13_press/cli.ipynb #4c3094bd
+# %% ../../nbs/13_press/cli.ipynb #52ef45e0
 def numbers(
     text: str | None, # "0.5,0.3,0.2"
 ) -> list[float] | None:
@@ -297,7 +297,7 @@ def numbers(
     try: return None if text is None else [float(part) for part in text.split(",")]
     except ValueError: raise ValueError(f"--weights {text!r}: wanted numbers with commas between, such as 0.5,0.3,0.2") from None
 
-
+# %% ../../nbs/13_press/cli.ipynb #41c28b9a
 @app.command(rich_help_panel="Make", epilog="Example: ptbook select crawl/ best.parquet --method importance --target my_domain.jsonl --keep 0.1")
 def select(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A .jsonl, .jsonl.gz, .parquet or text file, or a folder of them.")],
@@ -323,7 +323,7 @@ def select(
     if as_json: print_json({"kept": str(done.kept), "reasons": str(done.reasons), "page": str(done.page), "read": len(done.selection.reasons), "counts": done.selection.counts, "line": done.selection.line})
     else: print(done)
 
-
+# %% ../../nbs/13_press/cli.ipynb #0ecdc768
 @app.command(rich_help_panel="Make", epilog="Example: ptbook merge math code --base before --method ties --density 0.2 --out both")
 def merge(
     models: Annotated[list[Path], typer.Argument(help="Model folders: config.json and model.safetensors, or its index and shards.")],

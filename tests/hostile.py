@@ -170,6 +170,28 @@ def language_model(path: Path) -> None:
     from ptbook.curate.report import language_model
     language_model(path)[1]("a b")
 
+def encoder(path: Path) -> None:
+    from ptbook.curate.optimal_transport import Encoder
+    Encoder(str(path))(["a b"])
+
+def picture(path: Path) -> None:
+    from ptbook.curate.redundancy import grey_image
+    grey_image(path)
+
+def encoded_picture(path: Path) -> None:
+    from ptbook.curate.redundancy import grey_image
+    grey_image(path.read_bytes())
+
+def shards(path: Path) -> None:
+    from ptbook.merge.instruction_vectors import Shards
+    held = Shards(path)
+    for name in held: held[name].double().sum()
+
+def policy(path: Path) -> None:
+    from ptbook.curate.skills import SkillIt
+    import numpy as np
+    SkillIt(np.eye(3)).resume(path).p
+
 def result(path: Path) -> None:
     from ptbook.basics.results import read_report
     repr(read_report(path))
@@ -242,7 +264,7 @@ def once(make, name: str = ""): return kept.setdefault(name or make.__name__, No
 def warm_up():
     import nbclient, nbformat, pandas, datasets, pyarrow.parquet, transformers, peft, sklearn, scipy.io.wavfile  # noqa: F401
     import ptbook.adapt.lora, ptbook.basics.weights, ptbook.curate.report, ptbook.merge.files, ptbook.press.site_prepare, ptbook.distill.stored_logits  # noqa: F401
-    import ptbook.press.site_render, ptbook.curate.pipeline, ptbook.press.site_check, nbdev.process, nbdev.clean, matplotlib.pyplot  # noqa: F401
+    import ptbook.press.site_render, ptbook.curate.pipeline, ptbook.press.site_check, ptbook.curate.optimal_transport, ptbook.curate.redundancy, ptbook.curate.skills, ptbook.merge.instruction_vectors, nbdev.process, nbdev.clean, matplotlib.pyplot  # noqa: F401
     import torch
     once(small_bert), transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.Qwen2ForCausalLM, torch.zeros(10).sum()
     with tempfile.TemporaryDirectory() as folder: keeper(Path(folder)).save([{"step": 1, "loss": 1.0}], 2.0), keeper(Path(folder)).resume()
@@ -250,6 +272,6 @@ def warm_up():
 WARM = [warm_up]
 READERS = {"text": own, "jsonl": own, "csv": own, "parquet": own, "folder": own, "load": loaded, "mirror": mirror, "wav": wav, "records: jsonl": records, "records: jsonl.gz": records, "records: parquet": records,
            "records: text": records, "records: folder": records, "select": selected, "adapter": adapter, "merge": merge, "merge: two folders": alike, "checkpoint": checkpoint, "checkpoint: weights": weights_alone,
-           "stored logits": store, "from_hf": network, "language model": language_model, "result": result, "results": results, "kept seeds": seeds, "embedded cache": cache, "papers": papers,
+           "stored logits": store, "from_hf": network, "language model": language_model, "encoder": encoder, "picture": picture, "picture: bytes": encoded_picture, "shards": shards, "losses": policy, "result": result, "results": results, "kept seeds": seeds, "embedded cache": cache, "papers": papers,
            "site: plan": plan, "site: pages": pages, "site: check": checked_site, "readme": readme, "refresh": refreshed, "run folder": run_folder, "unsafe": unsafe}
-NAMELESS = {"wav"} # reads bytes, not a file
+NAMELESS = {"wav", "picture: bytes"} # read bytes, not a file

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import struct
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -95,6 +96,26 @@ def causal_folder(path: Path) -> Path:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(path)
     return path
 
+def encoder_folder(path: Path) -> Path:
+    import tokenizers, transformers
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "-": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="-").save_pretrained(model_folder(path))
+    return path
+
+def picture(path: Path, kind: str = "PNG", size: tuple = (24, 16)) -> Path:
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.arange(math.prod(size), dtype=np.uint8).reshape(size[::-1])).save(path, kind)
+    return path
+
+def losses(path: Path) -> Path:
+    from ptbook.curate.skills import SkillIt
+    policy = SkillIt(np.eye(3))
+    for row in ([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]): policy.update(row)
+    policy.save(path)
+    return path
+
 RESULT = {"slug": "s", "chapter": "c", "metric": "m", "scale": "book", "source": None, "seeds": [0, 1], "seconds": 1.5, "arms": {"a": [1.0, 2.0], "b": [0.5, 1]},
           "claims": [{"text": "a > b", "primary": True, "verdict": "undecided", "effect": 0.5, "low": -1.0, "high": 2.0}], "data": [{"name": "d", "place": "embedded", "fingerprint": "0"}],
           "versions": {"torch": "2"}, "machine": {"cores": 2}, "code": "0"}
@@ -142,13 +163,16 @@ GOOD = { # reader -> how to make what it reads, and the files that are spoilt
     "stored logits": (store_folder, {"part-00000000.logits": "bytes", "part-00000001.logits": "bytes"}, "store"),
     "from_hf": (lambda p: model_folder(p, True), {"config.json": "json", "model.safetensors.index.json": "json", "model-0.safetensors": "safetensors"}, "bert"),
     "language model": (causal_folder, {n: "json" for n in ("config.json", "tokenizer.json", "tokenizer_config.json")} | {"model.safetensors": "safetensors"}, "causal"),
+    "encoder": (encoder_folder, {n: "json" for n in ("config.json", "tokenizer.json", "tokenizer_config.json")} | {"model.safetensors": "safetensors"}, "encoder"),
+    "picture": (picture, {"": "bytes"}, "a.png"), "picture: bytes": (lambda p: picture(p, "TIFF"), {"": "bytes"}, "a.tiff"),
+    "shards": (lambda p: model_folder(p, True), {"model-0.safetensors": "safetensors", "model-1.safetensors": "safetensors"}, "shards"), "losses": (losses, {"": "json"}, "policy.json"),
     "result": (lambda p: write(p, RESULT), {"": "json"}, "s.book.json"), "results": (lambda p: write(p/"s.book.json", RESULT).parent, {"s.book.json": "json"}, "results"),
     "kept seeds": (lambda p: write(p/"seed-0.json", SEED).parent, {"seed-0.json": "json"}, "seeds"),
     "embedded cache": (cache_folder, {"made.parquet": "bytes"}, "caches"), "papers": (book_folder, {"papers.tsv": "bytes"}, "book"),
     "site: plan": (book_folder, {"_quarto.yml": "bytes", "settings.ini": "bytes", "nbs/01_x/y.ipynb": "json"}, "planned"), "site: pages": (book_folder, {"nbs/01_x/y.ipynb": "json"}, "paged"),
     "site: check": (site_folder, {"a.html": "bytes"}, "site"), "readme": (lambda p: write(p, NOTEBOOK), {"": "json"}, "index.ipynb"), "refresh": (lambda p: write(p, NOTEBOOK), {"": "json"}, "chapter.ipynb"),
     "run folder": (run_folder, {"plan.json": "json", "report.json": "json", "tables/000000.parquet": "bytes", "decisions/000000.parquet": "bytes"}, "run")}
-SLOW = {"from_hf": 25, "language model": 25, "select": 4, "adapter": 25, "merge": 25} # inputs in `make test`, where it is not the usual number
+SLOW = {"from_hf": 25, "language model": 25, "encoder": 8, "select": 4, "adapter": 25, "merge": 25} # inputs in `make test`, where it is not the usual number
 USUAL = 30
 
 
@@ -361,6 +385,10 @@ def every(**new): return lambda head: {name: entry | new if name != "__metadata_
 def sharded(path: Path) -> Path: return model_folder(path, True)
 def index(**where): return changed(sharded, "model.safetensors.index.json", lambda held, path: {"weight_map": {name: where["to"].replace("PATH", str(path.parent)) for name in json.loads(held)["weight_map"]}})
 
+def png(width: int, height: int) -> bytes: # the head of a picture, and nothing after it
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
 BACK = "(([a-z])+.)+[A-Z]([a-z])+$" # takes time that doubles with every letter
 DEEP = ["[" * n + "1" + "]" * n for n in (90, 400, 970, 990, 1_000, 100_000)]
 FAULTS = {
@@ -392,6 +420,10 @@ FAULTS = {
     **{f"from_hf: {key} of a billion": ("from_hf", config(model_folder, **{key: 10 ** 9}), "refused") for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings", "type_vocab_size")},
     **{f"language model: {key} of a billion": ("language model", config(causal_folder, **{key: 10 ** 9}), "refused") for key in ("n_layer", "n_embd", "vocab_size", "n_positions")}, "language model: a tokenizer that is a pipe": ("language model", piped(causal_folder, "tokenizer.json"), "refused"),
     "checkpoint: a state that is a pipe": ("checkpoint", piped(checkpoint_folder, "step-000001/state.json"), "refused"), "result: a pipe": ("result", lambda p: pipe(p/"s.json"), "refused"), "result: deep": ("result", lambda p: write(p/"s.json", DEEP[-1]), "refused"), "kept seeds: a pipe": ("kept seeds", lambda p: pipe(p/"in/seed-0.json").parent, "read"),
+    "picture: PostScript": ("picture", lambda p: write(p/"a.eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"), "refused"), "picture: a pipe": ("picture", lambda p: pipe(p/"a.png"), "refused"), "picture: a folder": ("picture", lambda p: text_folder(p/"a.png"), "refused"),
+    "picture: a billion pixels": ("picture", lambda p: write(p/"a.png", png(40_000, 25_000)), "refused"), "picture: none of its pixels": ("picture", lambda p: write(p/"a.png", png(9, 9)), "refused"),
+    "stored logits: a part that is a pipe": ("stored logits", piped(store_folder, "part-00000000.logits"), "refused"), "losses: a pipe": ("losses", lambda p: pipe(p/"policy.json"), "refused"), "losses: not enough": ("losses", lambda p: write(p/"policy.json", json.loads(losses(p/"good.json").read_text()) | {"history": [[1.0]]}), "refused"),
+    "shards: a link": ("shards", elsewhere(sharded, "model-0.safetensors"), "refused"), "shards: a pipe": ("shards", piped(sharded, "model-0.safetensors"), "refused"), "encoder: more tokens than vectors": ("encoder", changed(encoder_folder, "tokenizer.json", lambda held, _: held.replace(b'"b": 1', b'"b": 77')), "refused"),
     "embedded cache: another table": ("embedded cache", lambda p: put(pa.table({"a": [1]}), p/"in/made.parquet").parent, "read"), "embedded cache: a pipe": ("embedded cache", lambda p: pipe(p/"in/made.parquet").parent, "read"), 
     **{f"{reader}: nbformat {n}": (reader, lambda p, n=n: write(p/"a.ipynb", NOTEBOOK | {"nbformat": n, "worksheets": [{"cells": []}]}), "refused") for reader in ("readme", "refresh") for n in (2, 3, 5, 99, "4", None)}, "refresh: a pipe": ("readme", lambda p: pipe(p/"a.ipynb"), "refused"),
     **{f"{reader}: a cell without {key}": (reader, lambda p, key=key: write(p/"a.ipynb", NOTEBOOK | {"cells": [{k: v for k, v in NOTEBOOK["cells"][1].items() if k != key}]}), "refused") for reader in ("readme", "refresh") for key in ("cell_type", "source", "outputs")}}

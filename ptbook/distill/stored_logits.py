@@ -11,7 +11,7 @@ __all__ = ['MAGIC', 'VERSION', 'Part', 'RATES', 'sparsify', 'tail', 'densify', '
            'lessons', 'train_student', 'tinyvit']
 
 # %% ../../nbs/03_distill/stored_logits.ipynb #70398d7b
-import contextlib, hashlib, os, random, struct, tempfile, uuid, warnings, zlib
+import contextlib, hashlib, os, random, struct, tempfile, zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,19 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from scipy.special import ndtri
 from torch import Tensor, nn
 
 from ..basics.claims import Scale, claim, experiment
+from ..basics.doors import plain_file
 from ..basics.evaluate import evaluating
 from ..basics.models import logits_of
-from ..basics.results import code_hash
 from ..basics.sources import load
 from ..basics.text import Stream
 from ..basics.train import fit
-from ..basics.worlds import LETTERS, accuracy, classify, letters, warp
+from ..basics.whole import whole_file
+from ..basics.worlds import LETTERS, accuracy, classify, letters, taught_once, warp
 
 # %% ../../nbs/03_distill/stored_logits.ipynb #31b4055d
 def sparsify(
@@ -224,7 +223,7 @@ def read_header(
     path: Path, # of a part
 ) -> tuple[Layout, int, tuple[float, ...], int]: # layout, number of the part, witness, checksum of the records
     "Check a part's header, and its size against it. Raises a StoreError that names the file."
-    with open(path, "rb") as file: raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+    with open(plain_file(path, error=ForeignStore), "rb") as file: raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
     if raw[:8] != MAGIC[:len(raw)] or len(raw) < 8: raise ForeignStore(f"{path}: it begins with {raw[:8]!r}, wanted {MAGIC!r}")
     if len(raw) < _HEADER.size: raise TruncatedStore(f"{path}: {len(raw)} bytes, wanted a header of {_HEADER.size}")
     _, version, check, *numbers = _HEADER.unpack(raw)
@@ -242,11 +241,6 @@ def part_path(folder: str | Path, number: int) -> Path:
     return Path(folder) / f"part-{number:08d}.logits"
 
 # %% ../../nbs/03_distill/stored_logits.ipynb #fe50a814
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 def write_part(
     folder: str | Path, # made if need be
     layout: Layout,
@@ -267,16 +261,9 @@ def write_part(
     rows["seed"], rows["idx"], rows["val"] = seed, places, val.cpu().numpy()
     if not (rows["idx"] == places).all() or (np.diff(np.sort(places, -1), axis=-1) == 0).any(): raise ValueError(f"part {number}: places must be different and from 0 to {layout.n_classes - 1}")
     _check_rows(rows, layout, f"part {number}", ValueError)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(draft, "xb") as file:
-            file.write(_header(layout, number, seen, zlib.crc32(memoryview(rows).cast("B"))))
-            file.write(memoryview(rows).cast("B"))
-            file.flush(), os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
-    _sync(path.parent)
+    with whole_file(path) as draft, open(draft, "xb") as file:
+        file.write(_header(layout, number, seen, zlib.crc32(memoryview(rows).cast("B"))))
+        file.write(memoryview(rows).cast("B"))
     return path
 
 # %% ../../nbs/03_distill/stored_logits.ipynb #b5e23f6f
@@ -489,24 +476,6 @@ def cnn(
         block = lambda i, o: [nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
         return nn.Sequential(*block(channels, a), *block(a, b), *block(b, c), nn.Flatten(), nn.Linear(4 * c, classes))
 
-def _cached(model: nn.Module, name: str, train: Callable[[nn.Module], Any]) -> nn.Module: # in evaluation mode
-    "Train a network, or read its weights from `PTBOOK_CACHE` (else ~/.cache/ptbook) if it has been there before."
-    code = [code_hash(module) for module in ("distill.stored_logits", "basics.worlds", "basics.train", "basics.text", "basics.embedded")]
-    key = hashlib.sha256(f"{code} {torch.__version__}".encode()).hexdigest()[:12]
-    path = Path(os.environ.get("PTBOOK_CACHE") or Path.home() / ".cache" / "ptbook") / f"{name}-{key}.safetensors"
-    if path.is_file():
-        with contextlib.suppress(SafetensorError, OSError, RuntimeError, ValueError): # a damaged cache is made again: it is no source
-            model.load_state_dict(load_file(path))
-            return model.eval()
-    train(model)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), draft)
-        os.replace(draft, path)
-    except OSError as error: warnings.warn(f"{path} could not be written ({error}): it will be made again next time")
-    return model.eval()
-
 # %% ../../nbs/03_distill/stored_logits.ipynb #377b8864
 Part = tuple[Tensor, Tensor] # images (n, channels, height, width) from 0 to 1, labels (n,)
 
@@ -560,8 +529,9 @@ class Seen:
 
 def make_teacher(world: World, seed: int, steps: int) -> nn.Module:
     "A network that learnt from the labels, with views that no student will see."
-    model = cnn((24, 48, 96), world.classes, seed, world.all[0].shape[1])
-    return _cached(model, f"stored_logits-{world.name}-{steps}-{seed}", lambda m: fit(m, classify, Seen(world.all, world.augment, 64, seed), steps, lr=0.02, weight_decay=0.05, seed=seed, progress=False))
+    def make() -> nn.Module: return cnn((24, 48, 96), world.classes, seed, world.all[0].shape[1])
+    def teach(model: nn.Module): fit(model, classify, Seen(world.all, world.augment, 64, seed), steps, lr=0.02, weight_decay=0.05, seed=seed, progress=False)
+    return taught_once(make, teach, f"stored_logits-{world.name}-{steps}-{seed}", "distill.stored_logits", "basics.worlds", "basics.embedded")
 
 # %% ../../nbs/03_distill/stored_logits.ipynb #6222a1b2
 RATES = {"hard labels": 0.03, "hard labels, 30 % wrong": 0.03, "online": 0.06, "stored top-5": 0.06, "stored top-5, stale": 0.06, "stored top-1": 0.03} # of 0.03, 0.06 and 0.12, on seeds 1000 and 1001

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..basics.claims import Scale, claim, experiment
+from ..basics.doors import inside, naming
 from ..basics.evaluate import evaluating
 from ..basics.models import Transformer, logits_of, style
 from ..basics.sources import load
@@ -36,11 +37,14 @@ domain_vector = task_vector # (base, dom) -> what reading the domain changed
 # %% ../../nbs/05_merge/instruction_vectors.ipynb #9373dd4c
 class Shards(Mapping):
     "The tensors of a saved model by name, each read from its safetensors file when asked for: three 14B models merge in the memory of one."
-    def __init__(self, folder: str | Path): # holds *.safetensors; FileNotFoundError if there are none
+    def __init__(self, folder: str | Path): # holds *.safetensors
+        "Raises FileNotFoundError if there are none, ValueError for one that is damaged or leads out of the folder."
         from safetensors import safe_open
-        files = [safe_open(path, framework="pt") for path in sorted(Path(folder).glob("*.safetensors"))]
-        if not files: raise FileNotFoundError(f"folder: {folder} holds no .safetensors file")
-        self.where = {name: file for file in files for name in file.keys()}
+        self.where = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with naming(inside(Path(folder), path.name), "safetensors file"): file = safe_open(path, framework="pt")
+            self.where |= dict.fromkeys(file.keys(), file)
+        if not self.where: raise FileNotFoundError(f"folder: {folder} holds no .safetensors file")
     def __getitem__(self, name: str) -> Tensor: return self.where[name].get_tensor(name)
     def __iter__(self) -> Iterator[str]: return iter(self.where)
     def __len__(self) -> int: return len(self.where)

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from ptbook.basics.claims import as_scale
 from ptbook.merge import soups
-from ptbook.merge.soups import LearnedSoup, average, barrier, greedy_soup, interpolate, make_world, merged, path, plane, refresh_batchnorm, uniform_soup, warp
+from ptbook.merge.soups import LearnedSoup, average, barrier, greedy_soup, interpolate, make_world, merged, path, plane, refresh_batchnorm, uniform_soup
 
 
 def mlp(seed: int) -> nn.Sequential:
@@ -147,13 +147,6 @@ def test_batchnorm_forgets_what_was():
     refresh_batchnorm(net, [x])
     assert torch.allclose(net[1].running_mean, net[0](x).mean(0), atol=1e-5) and not net[1].training and net[1].momentum == 0.1
     assert refresh_batchnorm(plain := mlp(0), [x]) is plain
-
-
-def test_warps():
-    x = torch.rand(3, 1, 8, 8)
-    assert torch.allclose(warp(x), x, atol=1e-6)
-    assert torch.allclose(warp(x, torch.pi / 2), torch.rot90(x, 1, (2, 3)), atol=1e-4)
-    assert torch.allclose(warp(x, torch.tensor([0.0, 1.0, 0.0]))[[0, 2]], x[[0, 2]], atol=1e-6)
 
 
 def test_no_image_is_in_two_parts():

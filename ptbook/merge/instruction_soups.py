@@ -28,7 +28,8 @@ from ..basics.models import logits_of
 from ..basics.stacked import Beside, fit_stacked
 from ..basics.text import Stream
 from ..basics.train import fit
-from .soups import Part, SoupResult, Tasted, accuracy, greedy_soup, label_loss, network, pictures, uniform_soup, warp
+from ..basics.worlds import accuracy, classify, warp
+from .soups import Part, SoupResult, Tasted, greedy_soup, network, pictures, uniform_soup
 
 # %% ../../nbs/05_merge/instruction_soups.ipynb #6dba3b32
 def perplexity(
@@ -143,17 +144,17 @@ def make_kitchen(seed: int, source: str | None = None) -> Kitchen: # source: Non
 
 def suite_of(parts: Mapping[str, Part]) -> dict[str, Callable[[nn.Module], float]]: # benchmark -> accuracy of a model on it
     "A suite of accuracies."
-    return {name: partial(accuracy, part=part) for name, part in parts.items()}
+    return {name: partial(accuracy, data=part) for name, part in parts.items()}
 
 # %% ../../nbs/05_merge/instruction_soups.ipynb #03ca2fc2
 def bases(kitchen: Kitchen, seeds: Sequence[int], steps: int) -> list[nn.Module]: # one per seed
     "Pre-train networks 64-96-96-10 (on digits) on the first part."
-    return fit_stacked([network(s, kitchen.first[0][0].numel(), 96) for s in seeds], label_loss, Beside([Stream(*kitchen.first, batch=64, seed=s) for s in seeds]), steps, lr=2e-3, schedule="cosine")
+    return fit_stacked([network(s, kitchen.first[0][0].numel(), 96) for s in seeds], classify, Beside([Stream(*kitchen.first, batch=64, seed=s) for s in seeds]), steps, lr=2e-3, schedule="cosine")
 
 def tune(starts: Sequence[nn.Module], sets: Sequence[Dataset], steps: int, seed: int, lr: float = 4e-3, schedule: str = "constant") -> list[nn.Module]: # one per start
     "Tune each start on its data set of (image, label), 16 items a step; `seed` is that of their order."
     tensors = [tuple(map(torch.stack, zip(*(data[i] for i in range(len(data)))))) for data in sets]
-    return fit_stacked(starts, label_loss, Beside([Stream(*t, batch=16, seed=100 * seed + k) for k, t in enumerate(tensors)]), steps, lr=lr, schedule=schedule)
+    return fit_stacked(starts, classify, Beside([Stream(*t, batch=16, seed=100 * seed + k) for k, t in enumerate(tensors)]), steps, lr=lr, schedule=schedule)
 
 def mixtures_of(kitchen: Kitchen, seed: int = 0) -> list[Dataset]: # six mixtures, half core
     "The mixtures to tune specialists on."

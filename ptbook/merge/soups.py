@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Part', 'average', 'merged', 'uniform_soup', 'interpolate', 'path', 'barrier', 'Plane', 'plane', 'Tasted',
-           'SoupResult', 'greedy_soup', 'LearnedSoup', 'refresh_batchnorm', 'warp', 'pictures', 'World', 'make_world',
-           'network', 'label_loss', 'smoothed_loss', 'pretrained', 'Portions', 'sweep', 'accuracy', 'evaluate_sweep',
-           'model_soups']
+           'SoupResult', 'greedy_soup', 'LearnedSoup', 'refresh_batchnorm', 'pictures', 'World', 'make_world',
+           'network', 'smoothed_loss', 'pretrained', 'Portions', 'sweep', 'evaluate_sweep', 'model_soups']
 
 # %% ../../nbs/05_merge/soups.ipynb #b25ff1d0
 import copy
@@ -27,6 +26,7 @@ from ..basics.sources import load
 from ..basics.stacked import Beside, fit_stacked, stacked_logits
 from ..basics.text import Stream
 from ..basics.train import fit
+from ..basics.worlds import accuracy, classify, warp
 from .methods import merge_state_dicts
 
 # %% ../../nbs/05_merge/soups.ipynb #b93b9caa
@@ -202,22 +202,6 @@ def refresh_batchnorm(
     for m, (momentum, training) in zip(layers, before): m.momentum = momentum
     return model
 
-# %% ../../nbs/05_merge/soups.ipynb #dcedcdad
-def warp(
-    images: Tensor, # (n, channels, height, width)
-    angle: float | Tensor = 0.0, # radians; one, or one per image
-    zoom: float | Tensor = 1.0, # above 1 the content is smaller
-    shear: float | Tensor = 0.0,
-    shift: float | Tensor = 0.0, # share of half the image; one, or (n, 2)
-) -> Tensor: # as images
-    "Turn, shrink, shear and shift images, each by its own amount; what comes from outside is 0."
-    n = len(images)
-    angle, zoom, shear = (torch.as_tensor(v, dtype=torch.float32).expand(n) for v in (angle, zoom, shear))
-    shift = torch.as_tensor(shift, dtype=torch.float32).expand(n, 2)
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = torch.stack([cos, shear * cos - sin, shift[:, 0], sin, shear * sin + cos, shift[:, 1]], 1).view(n, 2, 3)
-    return F.grid_sample(images, F.affine_grid(rows, list(images.shape), align_corners=False), align_corners=False)
-
 # %% ../../nbs/05_merge/soups.ipynb #685587f3
 Part = tuple[Tensor, Tensor] # images (n, channels, height, width) from 0 to 1, labels (n,)
 
@@ -271,10 +255,6 @@ def network(seed: int, pixels: int = 64, width: int = 128, classes: int = 10) ->
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
-def label_loss(model: nn.Module, batch: Part) -> Tensor: # scalar, nats
-    "Cross-entropy."
-    return F.cross_entropy(model(batch[0]), batch[1])
-
 def smoothed_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor: # images, labels, smoothing () -> scalar, nats
     "Cross-entropy against labels that give a share of their mass to all classes."
     x, y, share = batch
@@ -284,7 +264,7 @@ def smoothed_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Ten
 def pretrained(world: World, seeds: Sequence[int], steps: int) -> list[nn.Module]: # one per seed
     "Networks that have learned the first task."
     pixels = world.first[0][0].numel()
-    return fit_stacked([network(s, pixels) for s in seeds], label_loss, Beside([Stream(*world.first, batch=64, seed=s) for s in seeds]), steps, lr=2e-3, schedule="cosine")
+    return fit_stacked([network(s, pixels) for s in seeds], classify, Beside([Stream(*world.first, batch=64, seed=s) for s in seeds]), steps, lr=2e-3, schedule="cosine")
 
 # %% ../../nbs/05_merge/soups.ipynb #5da9fec1
 class Portions:
@@ -305,17 +285,12 @@ def sweep(
     smoothing = 0.1 * torch.randint(2, (k,), generator=g)
     return fit_stacked(starts, smoothed_loss, Portions(part, [1000 * seed + i for i in range(k)], smoothing), steps, lr=lr, weight_decay=decay)
 
-@torch.no_grad()
-def accuracy(model: nn.Module, part: Part) -> float: # share
-    "Share of right answers."
-    with evaluating(model): return (model(part[0]).argmax(-1) == part[1]).float().mean().item()
-
 # %% ../../nbs/05_merge/soups.ipynb #31e93416
 def evaluate_sweep(members: Sequence[nn.Module], world: World, learn: int) -> dict[str, float]: # arm -> accuracy
     "All ways to serve one sweep, on the test and on the shifted test."
     soup = greedy_soup(members, lambda m: accuracy(m, world.held_out))
     learned = LearnedSoup(members)
-    fit(learned, label_loss, Stream(*world.held_out, batch=64), learn, lr=0.05, weight_decay=0.0, progress=False)
+    fit(learned, classify, Stream(*world.held_out, batch=64), learn, lr=0.05, weight_decay=0.0, progress=False)
     served = {"best single": members[soup.history[0].model], "uniform soup": uniform_soup(members), "greedy soup": soup.model, "learned soup": learned.soup()}
     said = {name: [accuracy(model, part) for part in (world.test, world.shifted)] for name, model in served.items()}
     said["ensemble"] = [(stacked_logits(members, x).mean(0).argmax(-1) == y).float().mean().item() for x, y in (world.test, world.shifted)]

@@ -85,7 +85,8 @@ def test_it_has_no_result_and_says_so(copy, made):
 
 
 def test_it_is_on_the_site(copy, made):
-    code = "from ptbook.press.site_plan import read_plan; from ptbook.press.site_prepare import prepared; p = read_plan(); s = next(s for s in p.notebooks() if 'spdf' in open(p.folder/s).read()); print(s, p.wants(s), len(prepared(p, s)['cells']) > 10)"
+    code = ("from ptbook.press.ledger import cells; from ptbook.press.site_plan import read_plan; from ptbook.press.site_prepare import prepared; p = read_plan(); "
+            "s = next(s for s in p.notebooks() if any('spdf' in ''.join(c['source']) for c in cells(p.folder/s))); print(s, p.wants(s), len(prepared(p, s)['cells']) > 10)")
     assert run(copy, sys.executable, "-c", code).stdout.split() == [made.relative_to(copy).as_posix(), "True", "True"]
 
 
